@@ -1,0 +1,27 @@
+"""The engine: experiments are written against these names and run by `main` or `run`."""
+
+from launch.errors import ConfigurationError, TrainingError
+from launch.lab import Lab
+from launch.loop import Fitted
+from launch.main import main
+from launch.report import table
+from launch.runner import run
+from launch.study import Claim, Study, judge
+from launch.task import Evaluation, State, Task, supervised
+
+__all__ = [
+  "Claim",
+  "ConfigurationError",
+  "Evaluation",
+  "Fitted",
+  "Lab",
+  "State",
+  "Study",
+  "Task",
+  "TrainingError",
+  "judge",
+  "main",
+  "run",
+  "supervised",
+  "table",
+]

@@ -1,0 +1,158 @@
+"""Task: what a training stage needs and nothing else."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from launch import mesh as meshes
+
+Variables = Any  # a flax variable tree
+Batch = Mapping[str, jax.Array]
+Metrics = Mapping[str, tuple[jax.Array, jax.Array]]  # name -> (total, count)
+Loss = Callable[..., tuple[jax.Array, tuple[Metrics, Variables]]]
+
+
+class Source(Protocol):
+  """Random access to examples: dicts of arrays, finite, in a fixed order.
+
+  `gather(indices) -> dict of stacked arrays` is an optional, faster way to read many at once.
+  """
+
+  def __len__(self) -> int: ...
+  def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+@flax.struct.dataclass
+class State:
+  """What training changes. Under a comparison every leaf but `step` has a leading seed axis."""
+
+  step: jax.Array  # () int32, updates done
+  key: jax.Array  # (2,) uint32, the raw key that all randomness of the seed is derived from
+  params: Any
+  variables: Any  # the other flax collections: running statistics, frozen or quantised weights
+  opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Metrics over a whole set of examples.
+
+  Attributes:
+    data: called when the stage starts; returns the examples.
+    loss: its metrics are what is measured; default: the task's.
+    example: shapes of one example where they differ from the task's.
+  """
+
+  data: Callable[[], Source]
+  loss: Loss | None = None
+  example: Mapping[str, jax.ShapeDtypeStruct] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+  """One training stage, as pure functions.
+
+  Attributes:
+    init: `init(key) -> variables`, a flax variable dict whose `params` are trained; boxes with
+      logical axis names are kept for sharding and removed for everything else.
+    loss: `loss(params, variables, batch, key, *, train) -> (loss, (metrics, variables))`, with
+      metrics as `{name: (total, count)}` and the collections other than `params` as they are after
+      the step.
+    optimizer: an optax transformation over `params`.
+    example: shapes and dtypes of one example, without a batch axis: enough to initialise, plan and
+      compile the stage with no data at hand.
+    data: called once when training starts; returns the training examples.
+    batch_size: examples an update, over all devices.
+    steps: updates.
+    evaluate: name -> what is measured, at the end and every `evaluate_every` updates.
+    evaluate_every: 0 for the end only.
+    select: a metric such as `validation/accuracy`: every result is then read at the evaluation
+      where it was highest, for each seed; None reads the last evaluation.
+    update: `update(state, batch, key) -> (state, metrics)` for one seed, where one gradient step of
+      `loss` is not the rule (min-max games, policy gradients, two backward passes). The state's
+      `step` is the engine's to count.
+    axes: logical axes of batch fields beyond the first, such as `{"inputs": ("length", None)}`.
+    rules: logical axis name -> mesh axes.
+    steps_per_dispatch: updates inside one compiled call.
+    checkpoint_every: updates between checkpoints; 0 for the end only.
+    map_seeds: False for stages that `jax.vmap` cannot map: the seeds then run one after another.
+  """
+
+  init: Callable[[jax.Array], Variables]
+  loss: Loss
+  optimizer: optax.GradientTransformation
+  example: Mapping[str, jax.ShapeDtypeStruct]
+  data: Callable[[], Source]
+  batch_size: int
+  steps: int
+  evaluate: Mapping[str, Evaluation] = dataclasses.field(default_factory=dict)
+  evaluate_every: int = 0
+  select: str | None = None
+  update: Callable[..., tuple[State, Metrics]] | None = None
+  axes: Mapping[str, Sequence[str | None]] = dataclasses.field(default_factory=dict)
+  rules: meshes.Rules = meshes.RULES
+  steps_per_dispatch: int = 1
+  checkpoint_every: int = 0
+  map_seeds: bool = True
+
+
+def supervised(
+  model: Any,
+  objective: Callable[[Any, Batch], tuple[jax.Array, Metrics]],
+  example: Mapping[str, jax.ShapeDtypeStruct],
+  inputs: Sequence[str] = ("inputs",),
+) -> tuple[Callable[[jax.Array], Variables], Loss]:
+  """`init` and `loss` of a model trained on `objective(model(inputs), batch)`.
+
+  Args:
+    model: a flax module; called as `model(batch[inputs[0]], **{other inputs by name}, train=bool)`.
+    objective: `objective(outputs, batch) -> (loss, metrics)`.
+    example: shapes and dtypes of one example.
+    inputs: the batch fields that the model reads, the first by position, the others by name.
+
+  The loss hands further keyword arguments on to the model, so that an evaluation may differ by
+  `functools.partial(loss, step_rescale=2.0)`.
+  """
+  first, *others = inputs
+
+  def init(key: jax.Array) -> Variables:
+    zeros = {k: jnp.zeros((1, *example[k].shape), example[k].dtype) for k in inputs}
+    keys = dict(zip(("params", "dropout"), jax.random.split(key), strict=True))
+    return model.init(keys, zeros[first], **{k: zeros[k] for k in others}, train=False)
+
+  def loss(params, variables, batch, key, *, train, **options):
+    arguments = {k: batch[k] for k in others} | options
+    outputs, updated = model.apply(
+      {"params": params, **variables},
+      batch[first],
+      **arguments,
+      train=train,
+      rngs={"dropout": key},
+      mutable=list(variables) if train else [],
+    )
+    value, metrics = objective(outputs, batch)
+    return value, (metrics, updated if train and variables else variables)
+
+  return init, loss
+
+
+def gradient_step(task: Task) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
+  """The usual `update`: one optimizer step along the gradient of the loss, for one seed."""
+
+  def update(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+    def loss_fn(params):
+      return task.loss(params, state.variables, batch, key, train=True)
+
+    (loss, (metrics, variables)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
+    state = state.replace(
+      params=optax.apply_updates(state.params, updates), variables=variables, opt_state=opt_state
+    )
+    return state, {"loss": (loss, jnp.ones(()))} | dict(metrics)
+
+  return update
