@@ -136,7 +136,7 @@ def fit(
   finally:
     progress.finish()
     run.close()
-  result = {
+  result: dict[str, Any] = {
     "metrics": selected(run.history, task.select),
     "parameters": program.parameters,
     "steps": task.steps,
@@ -235,7 +235,7 @@ class _Run:
     progress.update(last, float((total[-1] / count[-1]).mean()))
 
   def evaluate(self) -> None:
-    values = {}
+    values: dict[str, list[float]] = {}
     for name, measurement in self.measured.items():
       means = measurement(self.state.params, self.state.variables)
       values |= {f"{name}/{k}": v.tolist() for k, v in means.items()}

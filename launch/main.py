@@ -120,6 +120,6 @@ def _seeds(text: str | None) -> int | list[int] | None:
 
 def use_compilation_cache() -> None:
   """Keeps compiled programs in the user's cache directory, unless jax is told otherwise."""
-  if jax.config.jax_compilation_cache_dir is None:
+  if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(home / "roundup" / "xla"))

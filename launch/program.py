@@ -135,7 +135,7 @@ class Program:
     return meshes.use(self.mesh, self.task.rules)
 
   @functools.cached_property
-  def update(self) -> Callable[[State, Any], tuple[State, Any]]:
+  def update(self) -> jax.stages.Wrapped:
     """`(state, batches) -> (state, metrics)`: as many updates as the batches' leading axis.
 
     The state is donated. Metrics are `{name: (total, count)}` with arrays (updates, S).

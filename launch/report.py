@@ -55,18 +55,8 @@ def show(
   for study in studies:
     arms = arms_of(study, results)
     shown = drawn(study, arms)
-    grid = rich.table.Table(title=f"{results['experiment']} {results['scale']}: {study.name}")
-    grid.add_column("arm")
-    for metric in shown:
-      grid.add_column(metric, justify="right")
-    for column in ("params", "steps", "seeds", "wall"):
-      grid.add_column(column, justify="right")
-    for name, arm in arms.items():
-      seeds = max((len(v) for v in arm["metrics"].values()), default=0)
-      cells = [spread(arm["metrics"].get(m)) for m in shown]
-      numbers = [f"{arm['params']:,}", f"{arm['steps']:,}", str(seeds), f"{arm['wall_s']:.0f} s"]
-      grid.add_row(name, *cells, *numbers)
-    console.print(grid)
+    title = f"{results['experiment']} {results['scale']}: {study.name}"
+    console.print(_grid(title, [["arm", *shown, *LAST], *_rows(arms, shown)]))
     for claim in results["claims"]:
       if claim["study"] == study.name:
         colour = COLOURS[claim["verdict"]]
@@ -75,6 +65,30 @@ def show(
         console.print(f"           {found(claim)}", highlight=False)
     console.print(f"plot: {root / slug(study.name) / 'plot.png'}", highlight=False, soft_wrap=True)
   console.print(f"verdict: {root / 'verdict.json'}", highlight=False, soft_wrap=True)
+
+
+LAST = ("params", "steps", "seeds", "wall")
+
+
+def _rows(arms: Mapping[str, Any], shown: Sequence[str]) -> list[list[str]]:
+  rows = []
+  for name, arm in arms.items():
+    seeds = max((len(v) for v in arm["metrics"].values()), default=0)
+    numbers = [f"{arm['params']:,}", f"{arm['steps']:,}", str(seeds), f"{arm['wall_s']:.0f} s"]
+    rows.append([name, *(spread(arm["metrics"].get(m)) for m in shown), *numbers])
+  return rows
+
+
+def _grid(title: str, rows: list[list[str]]) -> rich.table.Table:
+  """A table whose first row is the head; turned on its side when it is wide."""
+  if len(rows[0]) > 8:
+    rows = [list(column) for column in zip(*rows, strict=True)]
+  grid = rich.table.Table(title=title)
+  for index, head in enumerate(rows[0]):
+    grid.add_column(head, justify="right" if index else "left")
+  for row in rows[1:]:
+    grid.add_row(*row)
+  return grid
 
 
 def spread(values: Sequence[float] | None) -> str:
@@ -100,12 +114,21 @@ def plot_study(study: Study, results: Mapping[str, Any], directory: pathlib.Path
   if not shown:
     return
   claims = [c for c in results["claims"] if c["study"] == study.name]
-  figure = Figure(figsize=(11, 3.1 * len(shown) + 0.6 + 0.42 * len(claims)), layout="constrained")
-  heights = [3.1] * len(shown) + [0.1 + 0.42 * len(claims)]
-  grid = figure.add_gridspec(len(shown) + 1, 2, height_ratios=heights)
+  panels = _panels(shown)
+  heights = [3.1] * len(panels) + [0.1 + 0.42 * len(claims)]
+  figure = Figure(figsize=(11, sum(heights) + 0.5), layout="constrained")
+  grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
   figure.suptitle(f"{results['experiment']} ({results['scale']}): {study.name}")
   colours = {a: f"C{i % 10}" for i, a in enumerate(arms)}
-  for row, metric in enumerate(shown):
+  for row, (metric, sizes) in enumerate(panels.items()):
+    if sizes:
+      curves = {a: _by_size(arm, metric, sizes) for a, arm in arms.items()}
+      axes = figure.add_subplot(grid[row, :])
+      _curves(axes, curves, metric, colours)
+      axes.set_xscale("log", base=2)
+      axes.set_xticks(sizes, [str(size) for size in sizes])
+      axes.set(xlabel="size", ylim=(0, None))
+      continue
     curves = {a: curve(directory / slug(a) / "metrics.jsonl", metric) for a in arms}
     has_curves = any(len(steps) > 1 for steps, _ in curves.values())
     if has_curves:
@@ -115,6 +138,22 @@ def plot_study(study: Study, results: Mapping[str, Any], directory: pathlib.Path
   _verdicts(figure.add_subplot(grid[-1, :]), claims)
   directory.mkdir(parents=True, exist_ok=True)
   figure.savefig(directory / "plot.png", dpi=150)
+
+
+def _panels(shown: Sequence[str]) -> dict[str, list[int]]:
+  """Metrics that differ by a number at their end, `time/256` and `time/1024`, share a panel."""
+  panels: dict[str, list[int]] = {}
+  for metric in shown:
+    name, _, size = metric.rpartition("/")
+    panels.setdefault(name if size.isdigit() else metric, []).extend(
+      [int(size)] if size.isdigit() else []
+    )
+  return panels
+
+
+def _by_size(arm: Mapping[str, Any], metric: str, sizes: Sequence[int]):
+  there = [size for size in sizes if f"{metric}/{size}" in arm["metrics"]]
+  return np.array(there), np.array([arm["metrics"][f"{metric}/{size}"] for size in there])
 
 
 def curve(path: pathlib.Path, metric: str) -> tuple[np.ndarray, np.ndarray]:

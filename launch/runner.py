@@ -26,7 +26,7 @@ from launch.errors import ConfigurationError, nearest
 from launch.lab import Lab, slug
 from launch.loop import Interruption
 from launch.metrics import write_json
-from launch.program import check_divisible
+from launch.program import Program
 from launch.progress import Progress
 from launch.study import ArmMetrics, Study, judge
 
@@ -101,12 +101,12 @@ def run(
     for a in arms[s.name]:
       config = compose(module, scale, s, a, overrides)
       chosen = seed_list(s.seeds if seeds is None else seeds)
-      record = {"experiment": name, "scale": scale, "study": s.name, "arm": a}
+      record: dict[str, Any] = {"experiment": name, "scale": scale, "study": s.name, "arm": a}
       record |= {"seeds": list(chosen), "config": configs.plain(config)}
       directory = root / slug(s.name) / slug(a)
       _check_workdir(directory, record)
-      for task in module.stages(config).values() if s.run is None else ():
-        check_divisible(task, mesh)
+      if s.run is None:
+        _check_stages(module, config, mesh, f"{s.name}/{a}")
       plan.append((s, config, directory, record))
   progress, interruption = Progress(console), Interruption()
   for s, config, directory, record in plan:
@@ -178,6 +178,17 @@ def run_stages(module: ModuleType, config: ml_collections.ConfigDict, lab: Lab) 
   for name, task in module.stages(config).items():
     metrics = lab.fit(name, task).metrics
   return metrics
+
+
+def _check_stages(module: ModuleType, config: Any, mesh: Mesh, label: str) -> None:
+  """Builds every stage and its shapes: what a model or objective refuses is refused here."""
+  try:
+    for task in module.stages(config).values():
+      _ = Program(task, mesh, (0,)).abstract_state
+  except ConfigurationError:
+    raise
+  except ValueError as error:
+    raise ConfigurationError(f"{label}: {error}") from error
 
 
 def _check_workdir(directory: pathlib.Path, record: dict[str, Any]) -> None:

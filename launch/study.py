@@ -14,6 +14,7 @@ from launch.errors import ConfigurationError
 CONFIDENCE = 0.95
 
 Verdict = Literal["held", "refuted", "undecided"]
+Values = Sequence[float] | np.ndarray
 ArmMetrics = Mapping[str, Sequence[float]]  # metric -> a value a seed
 
 
@@ -118,7 +119,7 @@ class Study:
     return any(fnmatch.fnmatchcase(scale, pattern) for pattern in self.scales)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
+def interval(values: Values) -> tuple[float, float, float]:
   """Mean of one sample and its Student interval; (mean, -inf, inf) for a single value."""
   x = np.asarray(values, np.float64)
   mean = float(x.mean())
@@ -128,7 +129,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
   return mean, mean - half, mean + half
 
 
-def difference(of: Sequence[float], against: Sequence[float]) -> tuple[float, float, float]:
+def difference(of: Values, against: Values) -> tuple[float, float, float]:
   """Difference of two means and Welch's interval; unbounded when a sample has a single value."""
   x, y = np.asarray(of, np.float64), np.asarray(against, np.float64)
   estimate = float(x.mean() - y.mean())
@@ -142,7 +143,7 @@ def difference(of: Sequence[float], against: Sequence[float]) -> tuple[float, fl
   return estimate, estimate - half, estimate + half
 
 
-def paired(of: Sequence[float], against: Sequence[float]) -> tuple[float, float, float]:
+def paired(of: Values, against: Values) -> tuple[float, float, float]:
   """Mean difference seed by seed and its Student interval, for two measurements of one model."""
   return interval(np.asarray(of, np.float64) - np.asarray(against, np.float64))
 
@@ -152,7 +153,7 @@ def judge(claim: Claim, arms: Mapping[str, ArmMetrics]) -> dict[str, Any]:
   of = arms.get(claim.of, {}).get(claim.metric)
   against = arms.get(claim.against or "", {}).get(claim.against_metric or claim.metric)
   missing = of is None or (claim.against is not None and against is None)
-  if missing or not np.isfinite([*(of or ()), *(against or ())]).all():
+  if of is None or missing or not np.isfinite([*of, *(against or ())]).all():
     return {"verdict": "undecided", "estimate": None, "interval": [None, None], "seeds": 0}
   compare = paired if claim.of == claim.against else difference
   if against is None:

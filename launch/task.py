@@ -27,12 +27,11 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
   """What training changes. Under a comparison every leaf but `step` has a leading seed axis."""
 
-  step: jax.Array  # () int32, updates done
-  key: jax.Array  # (2,) uint32, the raw key that all randomness of the seed is derived from
+  step: Any  # () int32, updates done
+  key: Any  # (2,) uint32, the raw key that all randomness of the seed is derived from
   params: Any
   variables: Any  # the other flax collections: running statistics, frozen or quantised weights
   opt_state: Any

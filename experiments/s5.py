@@ -1,0 +1,338 @@
+"""Simplified State Space Layers for Sequence Modeling (S5).
+
+Smith, Warrington and Linderman, ICLR 2023, arXiv:2208.04933.
+
+S4 runs a bank of single-input state spaces, one a feature. S5 runs one multi-input, multi-output
+state space with a smaller shared state, whose transition is diagonal: a step is an elementwise
+multiply and a sequence is a scan.
+
+Claim (round-up of 2022-08-14): about the accuracy of S4; the writer could not tell how the running
+times compare. The paper adds irregular sampling (each gap discretised by itself) and transfer to
+another sampling rate without training (the timescales rescaled).
+
+Laptop scale: digits read pixel by pixel, each repeated 4 times (length 256), 2 layers of width 32,
+one direction, the last state classified, so that memory matters; a simulated pendulum seen at
+irregular times; and the running time of a layer. Paper scale: the rows of the released run scripts;
+`paper/...` configurations have their parameter counts, optimizer groups and schedules.
+
+    python -m experiments.s5                                   # all laptop studies
+    python -m experiments.s5 --study=accuracy --seeds=5
+    python -m experiments.s5 --scale=paper/listops --mesh=data=8
+"""
+
+import functools
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from experiments.datasets import long_range, views
+from launch import Claim, Evaluation, Study, Task, main, supervised
+from models import recurrent, sequence, ssm
+from models.kernels import timing
+from objectives import classification, optimizers, regression
+
+# Rows of the released run scripts: layers, width H, state P, blocks J, dropout, ssm_lr, lr, batch,
+# epochs, weight decay, C, parameter groups. Then the data: name, length, classes, vocabulary (None:
+# real values), training examples (Speech Commands' and the pendulum's are recalled).
+PAPER: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]] = {
+  "listops": (
+    (8, 128, 16, 8, 0.0, 1e-3, 3e-3, 50, 40, 0.04, "lecun_normal", "BfastandCdecay"),
+    ("listops", 2048, 10, 20, 96_000),
+    {"block.activation": "half_glu2"},
+  ),
+  "text": (
+    (6, 256, 192, 12, 0.1, 1e-3, 4e-3, 50, 35, 0.07, "lecun_normal", "standard"),
+    ("imdb_reviews", 4096, 2, 135, 25_000),
+    # There is no validation split: the best epoch is the best on the test set, as published.
+    {"block.activation": "half_glu2", "optimizer.dt_global": True, "optimizer.warmup_steps": 0}
+    | {"select": "test/accuracy"},
+  ),
+  "retrieval": (
+    (6, 128, 256, 16, 0.0, 1e-3, 2e-3, 32, 20, 0.05, "trunc_standard_normal", "standard"),
+    ("aan", 4000, 2, 98, 147_086),
+    {"kind": "retrieval", "optimizer.dt_global": True},
+  ),
+  "image": (
+    (6, 512, 384, 3, 0.1, 1e-3, 4.5e-3, 50, 250, 0.07, "lecun_normal", "BfastandCdecay"),
+    ("cifar10", 1024, 10, None, 45_000),
+    {"ssm.clip_eigs": True},
+  ),
+  "pathfinder": (
+    (6, 192, 256, 8, 0.05, 9e-4, 4.5e-3, 64, 200, 0.03, "trunc_standard_normal", "standard"),
+    ("pathfinder32", 1024, 2, None, 160_000),
+    {"block.momentum": 0.9},
+  ),
+  "pathx": (
+    (6, 128, 256, 16, 0.0, 6e-4, 1.8e-3, 32, 75, 0.06, "complex_normal", "BandCdecay"),
+    ("pathfinder128", 16_384, 2, None, 160_000),
+    {"ssm.dt_min": 1e-4, "block.momentum": 0.9},
+  ),
+  "speech": (
+    (6, 96, 128, 16, 0.1, 2e-3, 8e-3, 16, 40, 0.04, "lecun_normal", "noBCdecay"),
+    ("speech_commands_35", 16_000, 35, None, 84_843),
+    {},
+  ),
+  "pendulum": (
+    (4, 30, 16, 8, 0.0, 3e-3, 1.2e-2, 32, 100, 0.0, "trunc_standard_normal", "standard"),
+    ("pendulum", 50, 2, None, 2_000),
+    {"kind": "pendulum", "block.norm": "layer", "block.prenorm": False, "select": ""}
+    | {"block.activation": "half_glu2", "ssm.bidirectional": False, "ssm.dt_min": 1e-2},
+  ),
+}
+PAPER_KEYS = (
+  *("layers", "width", "ssm.state", "ssm.blocks", "block.dropout", "optimizer.ssm_lr"),
+  *("optimizer.lr", "batch_size", "epochs", "optimizer.weight_decay", "ssm.c_init"),
+  "optimizer.option",
+)
+SCALES = ("laptop", *(f"paper/{row}" for row in PAPER))
+
+
+def get_config(scale: str = "laptop") -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict(
+    {
+      "kind": "classification",  # | retrieval | pendulum
+      "data": {"name": "digits", "length": 256, "classes": 10, "vocab": None, "repeat": 4},
+      "layers": 2,
+      "width": 32,
+      "mixer": "s5",  # | s4d | gru
+      "ssm": {
+        "state": 32,  # P, before conjugate symmetry halves it
+        "blocks": 4,  # J
+        "spectrum": "hippo",
+        "c_init": "trunc_standard_normal",
+        "bidirectional": False,
+        "clip_eigs": False,
+        "dt_min": 1e-3,
+        "dt_max": 1e-1,
+      },
+      "block": {
+        "activation": "half_glu1",
+        "norm": "batch",
+        "momentum": 0.95,
+        "prenorm": True,
+        "dropout": 0.0,
+      },
+      "pooling": "last",
+      "gaps": "ssm",  # | append | ignore: what irregular sampling is told
+      "optimizer": {
+        "option": "standard",
+        "ssm_lr": 2e-3,
+        "lr": 8e-3,
+        "weight_decay": 0.01,
+        "dt_global": False,
+        "total_steps": 1500,
+        "warmup_steps": 150,
+        "released_schedule": False,
+      },
+      "batch_size": 32,
+      "evaluate_every": 150,
+      "checkpoint_every": 500,
+      "steps_per_dispatch": 25,
+      "select": "",
+    }
+  )
+  if scale != "laptop":
+    settings, data, extras = PAPER[scale.removeprefix("paper/")]
+    values = dict(zip(PAPER_KEYS, settings, strict=True))
+    name, length, classes, vocab, examples = data
+    epoch, epochs = examples // values["batch_size"], values.pop("epochs")
+    values |= {"data.name": name, "data.length": length, "data.classes": classes}
+    values |= {"data.vocab": vocab, "data.repeat": 1, "pooling": "mean", "ssm.bidirectional": True}
+    values |= {"optimizer.total_steps": epochs * epoch, "optimizer.warmup_steps": epoch}
+    values |= {"evaluate_every": epoch, "checkpoint_every": epoch, "steps_per_dispatch": 1}
+    values |= {"optimizer.released_schedule": True, "select": "validation/accuracy"}
+    with config.ignore_type():
+      config.update_from_flattened_dict(values | extras)
+  return config
+
+
+MIXERS: dict[str, Any] = {
+  "s5": lambda config: functools.partial(ssm.S5, **config),
+  "s4d": lambda config: functools.partial(
+    ssm.S4D, state=config.state, bidirectional=config.bidirectional
+  ),
+  "gru": lambda config: functools.partial(recurrent.GRU, bidirectional=config.bidirectional),
+}
+
+
+def encoder(config) -> sequence.Encoder:
+  """Residual blocks around the mixer under study (section 3 of the paper)."""
+  block = functools.partial(sequence.Block, mixer=MIXERS[config.mixer](config.ssm), **config.block)
+  return sequence.Encoder(
+    block=block, features=config.width, layers=config.layers, vocab=config.data.vocab
+  )
+
+
+def examples(data, split: str):
+  """A split as the network reads it."""
+  return long_range.load(data.name, split, data.length, repeat=data.repeat)
+
+
+def stages(config) -> dict[str, Task]:
+  data = config.data
+  model: Any
+  objective: Any
+  axes: dict[str, tuple[str | None, ...]]
+  reals, ints = (functools.partial(jax.ShapeDtypeStruct, dtype=d) for d in (np.float32, np.int32))
+  match config.kind:
+    case "classification":
+      model = sequence.Classifier(encoder(config), data.classes, pooling=config.pooling)
+      objective = classification.cross_entropy
+      example = {"inputs": reals((data.length, 1)), "labels": ints(())}
+      if data.vocab:
+        example |= {"inputs": ints((data.length,)), "lengths": ints(())}
+      axes = {"inputs": ("length",)}
+    case "retrieval":
+      model = sequence.Retrieval(encoder(config), data.classes)
+      objective = classification.cross_entropy
+      example = {"inputs": ints((2, data.length)), "lengths": ints((2,)), "labels": ints(())}
+      axes = {"inputs": (None, "length")}
+    case "pendulum":  # sine and cosine of the angle at every irregularly timed frame
+      model = sequence.FrameRegressor(encoder(config), data.classes, gaps=config.gaps)
+      objective = regression.gaussian_nll
+      example = {"inputs": reals((data.length, 24, 24, 1)), "dt": reals((data.length,))}
+      example |= {"targets": reals((data.length, data.classes))}
+      axes = {name: ("length",) for name in example}
+  read = [name for name in example if name not in ("labels", "targets")]
+  init, loss = supervised(model, objective, example, read)
+  splits = ["test"] if data.name == "imdb_reviews" else ["validation", "test"]
+  evaluate = {s: Evaluation(functools.partial(examples, data, s)) for s in splits}
+  if config.kind == "classification" and not data.vocab:
+    # Every second sample, with the timescales told of it and not (section 6.2).
+    half = example | {"inputs": reals(((data.length + 1) // 2, 1))}
+    for name, rescale in (("half_rate", 2.0), ("half_rate_untold", 1.0)):
+      evaluate[name] = Evaluation(
+        lambda: examples(data, "test").map(views.subsample(2)),
+        functools.partial(loss, step_rescale=rescale),
+        half,
+      )
+  return {
+    "train": Task(
+      init=init,
+      loss=loss,
+      optimizer=optimizers.s5_optimizer(**config.optimizer),
+      example=example,
+      data=functools.partial(examples, data, "train"),
+      batch_size=config.batch_size,
+      steps=config.optimizer.total_steps,
+      evaluate=evaluate,
+      evaluate_every=config.evaluate_every,
+      select=config.select or None,
+      axes=axes,
+      steps_per_dispatch=config.steps_per_dispatch,
+      checkpoint_every=config.checkpoint_every,
+    )
+  }
+
+
+def runtime(config, lab) -> dict[str, list[float]]:
+  """Time and temporary memory of one block over S4D's (by FFT), timed in turn in this process."""
+  baseline = config.copy_and_resolve_references()
+  baseline.update_from_flattened_dict({"mixer": "s4d", "ssm.state": 64})
+  ours, theirs = (encoder(c).block() for c in (config, baseline))
+  size = {"batch": config.batch_size, "features": config.width}
+  metrics = timing.by_length(ours, theirs, LENGTHS, **size, repeats=len(lab.seeds))
+  for kind in ("forward", "gradient"):
+    ratios = np.array([metrics[f"{kind} time/{length}"] for length in LENGTHS])
+    metrics[f"{kind} spread"] = (ratios.max(axis=0) / ratios.min(axis=0)).tolist()
+  return metrics
+
+
+LENGTHS = (256, 1024, 4096)
+LRA = [f"paper/{row}" for row in ("listops", "text", "retrieval", "image", "pathfinder", "pathx")]
+PENDULUM = {
+  "kind": "pendulum",
+  "data.name": "pendulum",
+  "data.length": 50,
+  "data.classes": 2,
+  "width": 30,
+  "ssm.state": 16,
+  "ssm.blocks": 8,
+  "ssm.dt_min": 1e-2,
+  "block.norm": "layer",
+  "block.prenorm": False,
+  "block.activation": "half_glu2",
+  "optimizer.ssm_lr": 3e-3,
+  "optimizer.lr": 1.2e-2,
+  "optimizer.weight_decay": 0.0,
+  "optimizer.total_steps": 600,
+  "optimizer.warmup_steps": 60,
+  "evaluate_every": 60,
+}
+GAPS = {"gaps": {}, "append": {"gaps": "append"}, "ignore": {"gaps": "ignore"}}
+gaps_help = Claim(
+  "the gaps, told to the state space, lower the error by a tenth",
+  metric="test/mse",
+  of="gaps",
+  against="ignore",
+  ratio=True,
+  at_most=0.9,
+  refuted_above=1.0,
+)
+accurate = functools.partial(Claim, metric="test/accuracy")
+half_rate = functools.partial(Claim, metric="half_rate/accuracy", of="s5", against="s5")
+
+STUDIES = [
+  Study(
+    "accuracy",
+    arms={
+      "s5": {},  # 6,890 parameters
+      "s4d": {"mixer": "s4d"},  # 6,858
+      "gru": {"mixer": "gru", "width": 21},  # 6,730
+      "random spectrum": {"ssm.spectrum": "gaussian"},
+    },
+    claims=[
+      accurate("S5 is as accurate as S4D", of="s5", against="s4d", at_least=-0.02),
+      accurate("S5 remembers what a GRU forgets", of="s5", against="gru", at_least=0.03),
+      accurate("so does S4D", of="s4d", against="gru", at_least=0.03),
+      accurate("HiPPO-N starts as well", of="s5", against="random spectrum", at_least=0.0),
+    ],
+  ),
+  Study(
+    "irregular",
+    config=PENDULUM,
+    arms=GAPS,
+    claims=[gaps_help],
+  ),
+  Study("pendulum", scales=("paper/pendulum",), arms=GAPS, claims=[gaps_help]),
+  Study(
+    "rate",
+    scales=("laptop", "paper/speech"),
+    arms={"s5": {}},
+    claims=[
+      half_rate(
+        "rescaled timescales read half the sampling rate, unscaled ones do not",
+        against_metric="half_rate_untold/accuracy",
+        at_least=0.05,
+        refuted_below=0.0,
+      ),
+      half_rate("half the rate costs a few points", against_metric="test/accuracy", at_least=-0.05),
+    ],
+  ),
+  Study(
+    "runtime",
+    config={"width": 64, "batch_size": 4, "ssm.blocks": 1, "block.activation": "full_glu"},
+    arms={"P = H": {"ssm.state": 64}, "P free": {"ssm.state": 16}},
+    claims=[
+      Claim(f"{kind} time over S4D's is stable in length", f"{kind} spread", arm, at_most=3.0)
+      for kind in ("forward", "gradient")
+      for arm in ("P = H", "P free")
+    ],
+    plot=[f"{kind} time/{length}" for kind in ("forward", "gradient") for length in LENGTHS],
+    run=runtime,
+  ),
+  Study(
+    "lra",
+    scales=LRA,
+    arms={
+      "s5": {},
+      "s4d": {"mixer": "s4d", "ssm.state": 64, "block.activation": "full_glu"},
+    },
+    claims=[accurate("S5 is as accurate as S4D", of="s5", against="s4d", at_least=-0.015)],
+  ),
+]
+
+if __name__ == "__main__":
+  main(__name__)

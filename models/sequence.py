@@ -1,0 +1,437 @@
+"""Residual stacks of sequence mixers: block, encoder, and the heads for whole sequences and frames.
+
+The network of S5 (arXiv:2208.04933 and its released code, layers.py and seq_model.py), which serves
+any mixer: a module called `mixer(u_BLH, *, dt=None, step_rescale=1.0) -> y_BLH`, such
+as `ssm.S5`, `ssm.S4D` and `recurrent.GRU`. For example
+
+    block = functools.partial(Block, mixer=functools.partial(ssm.S5, state=16, blocks=8))
+    model = Classifier(Encoder(block, features=128, layers=8, vocab=20), classes=10)
+    logits_BC = model.apply(variables, tokens_BL, lengths=lengths_B, train=False)
+
+Training needs `rngs={"dropout": key}` and, under BatchNorm, `mutable=["batch_stats"]`.
+
+Padding: given `lengths`, inputs beyond them are zeroed after the encoder's linear layer and before
+each mixer, and take no part in BatchNorm's statistics or in pooling, so that the logits do not
+depend on the amount of padding. The released code instead feeds the pad symbol to the encoder: pads
+enter its statistics, and the states that real tokens see from behind.
+
+Parameters and statistics are float32; `dtype` is that of activations. Under an outer `vmap` over
+seeds, statistics are of one seed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS = ("half_glu1", "half_glu2", "full_glu", "gelu")
+NORMS = ("batch", "layer")
+POOLINGS = ("mean", "last")
+GAPS = ("ssm", "append", "ignore")
+
+ACTIVATION_AXES = ("batch", "length", None)
+
+
+def dense(
+  features: int, axes: tuple[str | None, str | None], *, name: str, dtype: Any = None
+) -> nn.Dense:
+  """A Dense layer, LeCun-normal with zero bias, whose kernel has the logical `axes`."""
+  return nn.Dense(
+    features,
+    dtype=dtype,
+    kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+    name=name,
+  )
+
+
+def length_mask(lengths_B: jax.Array, length: int) -> jax.Array:
+  """(B, length) bool: True at the positions of a sequence, False at padding."""
+  return jnp.arange(length) < lengths_B[:, None]
+
+
+def zero_padding(x_BLH: jax.Array, mask_BL: jax.Array | None) -> jax.Array:
+  """`x` with zeros where `mask` is False; `x` itself without a mask."""
+  return x_BLH if mask_BL is None else jnp.where(mask_BL[..., None], x_BLH, 0)
+
+
+def pool(x_BLH: jax.Array, lengths_B: jax.Array | None = None, how: str = "mean") -> jax.Array:
+  """One float32 vector a sequence, (B, H).
+
+  Args:
+    x_BLH: features.
+    lengths_B: true lengths, at least 1; None where nothing is padded.
+    how: "mean" over the true positions, or the "last" of them.
+  """
+  if how not in POOLINGS:
+    raise ValueError(f"pooling={how!r}; accepted: {', '.join(POOLINGS)}")
+  length = x_BLH.shape[1]
+  if how == "last":
+    if lengths_B is None:
+      return x_BLH[:, -1].astype(jnp.float32)
+    last_B11 = (lengths_B - 1)[:, None, None]
+    return jnp.take_along_axis(x_BLH, last_B11, axis=1)[:, 0].astype(jnp.float32)
+  if lengths_B is None:
+    return x_BLH.mean(axis=1, dtype=jnp.float32)
+  total_BH = zero_padding(x_BLH, length_mask(lengths_B, length)).sum(axis=1, dtype=jnp.float32)
+  return total_BH / lengths_B[:, None]
+
+
+class Block(nn.Module):
+  """Residual block: x + activation(mixer(norm(x))), or norm(x + activation(mixer(x))).
+
+  Attributes:
+    mixer: makes the mixer, `mixer(name=...)`: a module class or a `functools.partial` of one.
+    activation: what follows the mixer's output y, with g = dropout(gelu(y)), tanh form:
+      "half_glu1": dropout(g * sigmoid(W g + b));
+      "half_glu2": dropout(y * sigmoid(W g + b)), the multiplicand being the raw y;
+      "full_glu": dropout((V g + c) * sigmoid(W g + b)), the position-wise GLU of S4 and S4D;
+      "gelu": g.
+    norm: "batch" (over batch and time, for each feature) or "layer".
+    prenorm: norm before the mixer; otherwise after the sum.
+    momentum: of BatchNorm's running statistics; the released code's default is 0.95.
+    dropout: rate; one mask a sequence, shared over time.
+    dtype: of the activations.
+  """
+
+  mixer: Callable[..., nn.Module]
+  activation: str = "half_glu1"
+  norm: str = "batch"
+  prenorm: bool = True
+  momentum: float = 0.95
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BLH: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    dt: jax.Array | None = None,
+    step_rescale: float | jax.Array = 1.0,
+    train: bool = False,
+  ) -> jax.Array:
+    """The block's output (B, L, H).
+
+    Args:
+      x_BLH: the residual stream.
+      mask: (B, L) bool, False at padding.
+      dt, step_rescale: for the mixer.
+      train: draws dropout masks, and normalises by the statistics of the batch.
+    """
+    x_BLH = x_BLH.astype(self.dtype)
+    y_BLH = self._normalise(x_BLH, mask, train) if self.prenorm else x_BLH
+    mixer = self.mixer(name="mixer")
+    y_BLH = mixer(zero_padding(y_BLH, mask), dt=dt, step_rescale=step_rescale)
+    x_BLH = x_BLH + self._activate(y_BLH, train)
+    return x_BLH if self.prenorm else self._normalise(x_BLH, mask, train)
+
+  def _normalise(self, x_BLH: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+    fields = {
+      "epsilon": 1e-5,
+      "dtype": self.dtype,
+      "scale_init": nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+      "bias_init": nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+      "name": "norm",
+    }
+    if self.norm == "layer":
+      return nn.LayerNorm(**fields)(x_BLH)
+    if self.norm != "batch":
+      raise ValueError(f"norm={self.norm!r}; accepted: {', '.join(NORMS)}")
+    norm = nn.BatchNorm(momentum=self.momentum, use_running_average=not train, **fields)
+    return norm(x_BLH, mask=None if mask is None else mask[..., None])
+
+  def _activate(self, y_BLH: jax.Array, train: bool) -> jax.Array:
+    if self.activation not in ACTIVATIONS:
+      raise ValueError(f"activation={self.activation!r}; accepted: {', '.join(ACTIVATIONS)}")
+    drop = nn.Dropout(self.dropout, broadcast_dims=(1,), deterministic=not train)
+    g_BLH = drop(nn.gelu(y_BLH, approximate=True))
+    if self.activation == "gelu":
+      return g_BLH
+    axes = ("embed", "mlp")
+    gate_BLH = nn.sigmoid(dense(y_BLH.shape[-1], axes, name="gate", dtype=self.dtype)(g_BLH))
+    if self.activation == "half_glu1":
+      return drop(g_BLH * gate_BLH)
+    if self.activation == "half_glu2":
+      return drop(y_BLH * gate_BLH)
+    return drop(dense(y_BLH.shape[-1], axes, name="value", dtype=self.dtype)(g_BLH) * gate_BLH)
+
+
+class Tokens(nn.Module):
+  """A Dense layer on one-hot tokens, computed as a look-up: (B, L) int to (B, L, features).
+
+  The kernel's initial standard deviation is 1/sqrt(vocab), as the one-hot form has it, and there is
+  a bias. A token outside the vocabulary is the zero vector, plus the bias.
+  """
+
+  vocab: int
+  features: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+    init = nn.initializers
+    kernel_VH = self.param(
+      "kernel",
+      nn.with_logical_partitioning(init.lecun_normal(), ("vocab", "embed")),
+      (self.vocab, self.features),
+    )
+    bias_H = self.param(
+      "bias", nn.with_logical_partitioning(init.zeros, ("embed",)), (self.features,)
+    )
+    rows = jnp.take(
+      jnp.asarray(kernel_VH, self.dtype), tokens_BL, axis=0, mode="fill", fill_value=0
+    )
+    return rows + jnp.asarray(bias_H, self.dtype)
+
+
+class Encoder(nn.Module):
+  """Linear layer to the residual width, then `layers` blocks; no norm after them.
+
+  Attributes:
+    block: makes a block, `block(dtype=..., name=...)`: a `functools.partial` of `Block`.
+    features: H, width of the residual stream.
+    layers: number of blocks.
+    vocab: number of token symbols, for int inputs.
+    remat: recomputes each block in the backward pass and keeps only its input.
+    dtype: of the activations, here and in the blocks.
+  """
+
+  block: Callable[..., nn.Module]
+  features: int
+  layers: int
+  vocab: int | None = None
+  remat: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    inputs: jax.Array,
+    *,
+    lengths: jax.Array | None = None,
+    dt: jax.Array | None = None,
+    step_rescale: float | jax.Array = 1.0,
+    train: bool = False,
+  ) -> jax.Array:
+    """Features (B, L, H); those at padding mean nothing.
+
+    Args:
+      inputs: (B, L) int tokens, or (B, L, d) floating point.
+      lengths: (B,) true lengths; None where nothing is padded.
+      dt: (B, L) gaps between samples, see `ssm.S5`.
+      step_rescale: see `ssm.S5`.
+      train: see `Block`.
+
+    Raises: ValueError where `inputs` are neither, and for int inputs without `vocab`.
+    """
+    if jnp.issubdtype(inputs.dtype, jnp.integer) and inputs.ndim == 2:
+      if self.vocab is None:
+        raise ValueError(f"vocab=None: inputs are {inputs.dtype} tokens; accepted: their number")
+      x_BLH = Tokens(self.vocab, self.features, self.dtype, name="linear")(inputs)
+    elif jnp.issubdtype(inputs.dtype, jnp.floating) and inputs.ndim == 3:
+      axes = (None, "embed")
+      x_BLH = dense(self.features, axes, name="linear", dtype=self.dtype)(inputs)
+    else:
+      raise ValueError(
+        f"inputs: {inputs.dtype}{list(inputs.shape)}; accepted: int [B, L] or float [B, L, d]"
+      )
+
+    mask = None if lengths is None else length_mask(lengths, inputs.shape[1])
+    if dt is not None and mask is not None:
+      # The gap behind the last sample is not to depend on whether padding follows it.
+      dt = jnp.where(mask, dt, 1)
+
+    def apply(block: nn.Module, x_BLH: jax.Array) -> jax.Array:
+      return block(x_BLH, mask=mask, dt=dt, step_rescale=step_rescale, train=train)
+
+    if self.remat:
+      apply = nn.remat(apply)
+    x_BLH = nn.with_logical_constraint(zero_padding(x_BLH, mask), ACTIVATION_AXES)
+    for i in range(self.layers):
+      x_BLH = apply(self.block(dtype=self.dtype, name=f"layer_{i}"), x_BLH)
+      x_BLH = nn.with_logical_constraint(x_BLH, ACTIVATION_AXES)
+    return x_BLH
+
+
+class Classifier(nn.Module):
+  """One label a sequence: encoder, pooling over the true positions, linear decoder.
+
+  Attributes:
+    encoder: an `Encoder`.
+    classes: number of labels.
+    pooling: "mean", or "last" for the last true position.
+  """
+
+  encoder: nn.Module
+  classes: int
+  pooling: str = "mean"
+
+  @nn.compact
+  def __call__(
+    self,
+    inputs: jax.Array,
+    *,
+    lengths: jax.Array | None = None,
+    dt: jax.Array | None = None,
+    step_rescale: float | jax.Array = 1.0,
+    train: bool = False,
+  ) -> jax.Array:
+    """Logits (B, classes), float32; arguments as for `Encoder`."""
+    x_BLH = self.encoder(inputs, lengths=lengths, dt=dt, step_rescale=step_rescale, train=train)
+    pooled_BH = pool(x_BLH, lengths, self.pooling)
+    return dense(self.classes, ("embed", "vocab"), name="decoder")(pooled_BH)
+
+
+class Retrieval(nn.Module):
+  """One label a pair of documents, both through one encoder as a batch of 2B.
+
+  Of the pooled a and b, [a, b, a - b, a * b] -> Dense(H) -> GELU -> Dense(classes).
+  """
+
+  encoder: nn.Module
+  classes: int = 2
+  pooling: str = "mean"
+
+  @nn.compact
+  def __call__(
+    self,
+    inputs: jax.Array,
+    *,
+    lengths: jax.Array | None = None,
+    step_rescale: float | jax.Array = 1.0,
+    train: bool = False,
+  ) -> jax.Array:
+    """Logits (B, classes), float32.
+
+    Args:
+      inputs: (B, 2, L) int tokens, or (B, 2, L, d) floating point.
+      lengths: (B, 2) true lengths; None where nothing is padded.
+      step_rescale, train: as for `Encoder`.
+    """
+    if inputs.shape[1] != 2:
+      raise ValueError(f"inputs: {list(inputs.shape)}; accepted: [B, 2, L] or [B, 2, L, d]")
+    documents = inputs.reshape(-1, *inputs.shape[2:])
+    lengths = None if lengths is None else lengths.reshape(-1)
+    x_NLH = self.encoder(documents, lengths=lengths, step_rescale=step_rescale, train=train)
+    features = x_NLH.shape[-1]
+    a_BH, b_BH = jnp.unstack(pool(x_NLH, lengths, self.pooling).reshape(-1, 2, features), axis=1)
+    pair_BK = jnp.concatenate([a_BH, b_BH, a_BH - b_BH, a_BH * b_BH], axis=-1)
+    hidden_BH = nn.gelu(dense(features, ("embed", "mlp"), name="compare")(pair_BK))
+    return dense(self.classes, ("mlp", "vocab"), name="decoder")(hidden_BH)
+
+
+def patches(x: jax.Array, size: int, stride: int) -> jax.Array:
+  """The neighbourhood of each stride-th pixel, (N, h, w, c) to (N, h', w', size * size * c).
+
+  `size` is odd; the border is padded with zeros. A Dense layer on this is a convolution; with so
+  few channels it is twice as fast as `nn.Conv` on CPU, alone and under `vmap` over seeds.
+  """
+  half = size // 2
+  rows, columns = (-(-n // stride) for n in x.shape[1:3])
+  x = jnp.pad(x, ((0, 0), (half, half), (half, half), (0, 0)))
+  return jnp.concatenate(
+    [
+      x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
+      for i in range(size)
+      for j in range(size)
+    ],
+    axis=-1,
+  )
+
+
+def halve(x: jax.Array) -> jax.Array:
+  """Maximum over 2 x 2 pixels, (N, h, w, c) to (N, h // 2, w // 2, c)."""
+  rows, columns = x.shape[1] // 2, x.shape[2] // 2
+  x = x[:, : 2 * rows, : 2 * columns]
+  return x.reshape(x.shape[0], rows, 2, columns, 2, x.shape[3]).max(axis=(2, 4))
+
+
+class FrameEncoder(nn.Module):
+  """Small convolutional network on each frame, (..., height, width, channels) to (..., features).
+
+  Conv 12 of 5x5, ReLU, max-pool 2; conv 12 of 3x3 with stride 2, ReLU, max-pool 2; Dense, ReLU: the
+  pendulum network of arXiv:2208.04933.
+  """
+
+  features: int = 30
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, frames: jax.Array) -> jax.Array:
+    def layer(x: jax.Array, features: int, name: str) -> jax.Array:
+      return nn.relu(dense(features, (None, "mlp"), name=name, dtype=self.dtype)(x))
+
+    leading = frames.shape[:-3]
+    x = frames.reshape(-1, *frames.shape[-3:]).astype(self.dtype)
+    x = halve(layer(patches(x, 5, 1), 12, "conv_0"))
+    x = halve(layer(patches(x, 3, 2), 12, "conv_1"))
+    return layer(x.reshape(*leading, -1), self.features, "dense")
+
+
+class FrameRegressor(nn.Module):
+  """Mean and variance of targets at every frame of irregularly sampled frames.
+
+  Attributes:
+    encoder: an `Encoder`, over the frame features.
+    outputs: number of targets a frame.
+    gaps: what becomes of `dt`: "ssm" (step sizes of the mixers), "append" (one more frame feature)
+      or "ignore"; under the last two the mixers take samples to be equally spaced.
+    hidden: width of the frame features and of both heads.
+  """
+
+  encoder: nn.Module
+  outputs: int
+  gaps: str = "ssm"
+  hidden: int = 30
+
+  @nn.compact
+  def __call__(
+    self,
+    frames: jax.Array,
+    *,
+    dt: jax.Array | None = None,
+    lengths: jax.Array | None = None,
+    step_rescale: float | jax.Array = 1.0,
+    train: bool = False,
+  ) -> tuple[jax.Array, jax.Array]:
+    """(mean, variance), each (B, L, outputs) float32.
+
+    Args:
+      frames: (B, L, 24, 24, 1) or of another size of at least 6, floating point.
+      dt: (B, L) gaps t_k - t_{k-1}, dt_0 = 1; needed unless `gaps` is "ignore".
+      lengths, step_rescale, train: as for `Encoder`.
+    """
+    if self.gaps not in GAPS:
+      raise ValueError(f"gaps={self.gaps!r}; accepted: {', '.join(GAPS)}")
+    if dt is None and self.gaps != "ignore":
+      raise ValueError(f"dt=None under gaps={self.gaps!r}; accepted: (B, L) gaps between frames")
+    x_BLK = FrameEncoder(self.hidden, name="frames")(frames)
+    if self.gaps == "append" and dt is not None:
+      x_BLK = jnp.concatenate([x_BLK, dt[..., None].astype(x_BLK.dtype)], axis=-1)
+    x_BLH = self.encoder(
+      x_BLK,
+      lengths=lengths,
+      dt=dt if self.gaps == "ssm" else None,
+      step_rescale=step_rescale,
+      train=train,
+    ).astype(jnp.float32)
+
+    def head(name: str) -> jax.Array:
+      hidden_BLK = nn.tanh(dense(self.hidden, ("embed", "mlp"), name=f"{name}_hidden")(x_BLH))
+      return dense(self.outputs, ("mlp", "vocab"), name=name)(hidden_BLK)
+
+    return head("mean"), positive(head("variance"))
+
+
+def positive(v: jax.Array) -> jax.Array:
+  """exp(v) for v < 0 and v + 1 above: positive, with a continuous first derivative."""
+  return jnp.where(v < 0, jnp.exp(jnp.minimum(v, 0)), v + 1)
+
+
+def parameter_count(variables: Any) -> int:
+  """Number of trained values in a (possibly abstract, possibly boxed) variable tree."""
+  return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
