@@ -115,6 +115,7 @@ def get_config(scale: str = "laptop") -> ml_collections.ConfigDict:
         "dropout": 0.0,
       },
       "pooling": "last",
+      "conv": True,  # frames of the pendulum through the paper's CNN; else pixels, densely
       "gaps": "ssm",  # | append | ignore: what irregular sampling is told
       "optimizer": {
         "option": "standard",
@@ -190,7 +191,9 @@ def stages(config) -> dict[str, Task]:
       example = {"inputs": ints((2, data.length)), "lengths": ints((2,)), "labels": ints(())}
       axes = {"inputs": (None, "length")}
     case "pendulum":  # sine and cosine of the angle at every irregularly timed frame
-      model = sequence.FrameRegressor(encoder(config), data.classes, gaps=config.gaps)
+      model = sequence.FrameRegressor(
+        encoder(config), data.classes, config.gaps, convolutional=config.conv
+      )
       objective = regression.gaussian_nll
       example = {"inputs": reals((data.length, 24, 24, 1)), "dt": reals((data.length,))}
       example |= {"targets": reals((data.length, data.classes))}
@@ -244,6 +247,7 @@ LENGTHS = (256, 1024, 4096)
 LRA = [f"paper/{row}" for row in ("listops", "text", "retrieval", "image", "pathfinder", "pathx")]
 PENDULUM = {
   "kind": "pendulum",
+  "conv": False,
   "data.name": "pendulum",
   "data.length": 50,
   "data.classes": 2,

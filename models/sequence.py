@@ -354,10 +354,11 @@ class FrameEncoder(nn.Module):
   """Small convolutional network on each frame, (..., height, width, channels) to (..., features).
 
   Conv 12 of 5x5, ReLU, max-pool 2; conv 12 of 3x3 with stride 2, ReLU, max-pool 2; Dense, ReLU: the
-  pendulum network of arXiv:2208.04933.
+  pendulum network of arXiv:2208.04933. Without `convolutional` the Dense layer sees the pixels.
   """
 
   features: int = 30
+  convolutional: bool = True
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -367,8 +368,9 @@ class FrameEncoder(nn.Module):
 
     leading = frames.shape[:-3]
     x = frames.reshape(-1, *frames.shape[-3:]).astype(self.dtype)
-    x = halve(layer(patches(x, 5, 1), 12, "conv_0"))
-    x = halve(layer(patches(x, 3, 2), 12, "conv_1"))
+    if self.convolutional:
+      x = halve(layer(patches(x, 5, 1), 12, "conv_0"))
+      x = halve(layer(patches(x, 3, 2), 12, "conv_1"))
     return layer(x.reshape(*leading, -1), self.features, "dense")
 
 
@@ -381,12 +383,14 @@ class FrameRegressor(nn.Module):
     gaps: what becomes of `dt`: "ssm" (step sizes of the mixers), "append" (one more frame feature)
       or "ignore"; under the last two the mixers take samples to be equally spaced.
     hidden: width of the frame features and of both heads.
+    convolutional: as for `FrameEncoder`.
   """
 
   encoder: nn.Module
   outputs: int
   gaps: str = "ssm"
   hidden: int = 30
+  convolutional: bool = True
 
   @nn.compact
   def __call__(
@@ -409,7 +413,7 @@ class FrameRegressor(nn.Module):
       raise ValueError(f"gaps={self.gaps!r}; accepted: {', '.join(GAPS)}")
     if dt is None and self.gaps != "ignore":
       raise ValueError(f"dt=None under gaps={self.gaps!r}; accepted: (B, L) gaps between frames")
-    x_BLK = FrameEncoder(self.hidden, name="frames")(frames)
+    x_BLK = FrameEncoder(self.hidden, self.convolutional, name="frames")(frames)
     if self.gaps == "append" and dt is not None:
       x_BLK = jnp.concatenate([x_BLK, dt[..., None].astype(x_BLK.dtype)], axis=-1)
     x_BLH = self.encoder(

@@ -19,21 +19,22 @@ def parameters(layer):
   return nn.meta.unbox(jax.jit(layer.init)(jax.random.key(1), inputs()))["params"]
 
 
-def recurrence(cell, u):
+def recurrence(parameters, u, suffix=""):
   """r, z = sigma(W u + V h + b); n = tanh(W u + b + r (V h + c)); h = (1 - z) n + z h."""
-
-  def linear(name, x):
-    return x @ np.asarray(cell[name]["kernel"], np.float64) + np.asarray(cell[name].get("bias", 0))
+  kernel = np.asarray(parameters[f"input{suffix}"]["kernel"], np.float64)
+  bias = np.asarray(parameters[f"input{suffix}"]["bias"], np.float64)
+  V = np.split(np.asarray(parameters[f"recurrent{suffix}"], np.float64), 3, axis=1)
+  W, b = np.split(kernel, 3, axis=1), np.split(bias, 3)
+  c = np.asarray(parameters[f"bias{suffix}"], np.float64)
 
   def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
-  h = np.zeros((len(u), cell["hn"]["kernel"].shape[0]))
+  h = np.zeros((len(u), len(c)))
   hs = []
   for t in range(u.shape[1]):
-    r = sigmoid(linear("ir", u[:, t]) + linear("hr", h))
-    z = sigmoid(linear("iz", u[:, t]) + linear("hz", h))
-    n = np.tanh(linear("in", u[:, t]) + r * linear("hn", h))
+    r, z = (sigmoid(u[:, t] @ W[i] + b[i] + h @ V[i]) for i in range(2))
+    n = np.tanh(u[:, t] @ W[2] + b[2] + r * (h @ V[2] + c))
     h = (1 - z) * n + z * h
     hs.append(h)
   return np.stack(hs, 1)
@@ -44,9 +45,14 @@ def recurrence(cell, u):
 def test_gru_is_its_recurrence(hidden, bidirectional):
   layer = GRU(hidden, bidirectional)
   u, p = inputs(), parameters(layer)
-  expected = recurrence(p["cell"], np.asarray(u, np.float64))
+  leaves, structure = jax.tree.flatten(p)  # biases that start at zero would hide mistakes
+  keys = jax.random.split(jax.random.key(2), len(leaves))
+  p = structure.unflatten(
+    [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+  )
+  expected = recurrence(p, np.asarray(u, np.float64))
   if bidirectional:
-    backward = recurrence(p["cell_reverse"], np.asarray(u, np.float64)[:, ::-1])[:, ::-1]
+    backward = recurrence(p, np.asarray(u, np.float64)[:, ::-1], "_reverse")[:, ::-1]
     expected = np.concatenate([expected, backward], axis=-1)
   assert ("project" in p) == (bidirectional or hidden == 5)
   if "project" in p:
@@ -81,3 +87,22 @@ def test_gru_parameters_carry_logical_axis_names():
       variables["params"], is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
     )
   )
+
+
+def test_recurrent_matrices_start_orthogonal():
+  for gate in np.split(np.asarray(parameters(GRU(5))["recurrent"]), 3, axis=1):
+    np.testing.assert_allclose(gate @ gate.T, np.eye(5), atol=1e-5)
+
+
+def test_gru_learns_by_the_gradient_of_its_recurrence():
+  """Against central differences of the float64 recurrence, for a weighted sum of the outputs."""
+  layer, u, p = GRU(), inputs(), parameters(GRU())
+  weights = np.random.RandomState(0).randn(B, L, H)
+  gradient = jax.grad(lambda p: (layer.apply({"params": p}, u) * weights).sum())(p)["recurrent"]
+  for place in [(0, 0), (1, 4), (2, 8)]:
+    ends = []
+    for sign in (1, -1):
+      moved = dict(p) | {"recurrent": np.array(p["recurrent"], np.float64)}
+      moved["recurrent"][place] += sign * 1e-5
+      ends.append((recurrence(moved, np.asarray(u, np.float64)) * weights).sum())
+    assert gradient[place] == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-3, abs=1e-4)

@@ -1,0 +1,94 @@
+"""Every experiment: what its file must have, and a few steps of every arm at laptop scale."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+from launch import ConfigurationError, runner
+from launch import mesh as meshes
+from launch.program import Program
+
+NAMES = runner.names()
+
+
+def laptop_arms():
+  for name in NAMES:
+    for study in runner.find(name).STUDIES:
+      for arm in study.arms:
+        if study.at("laptop") and study.run is None:
+          yield pytest.param(name, study, arm, id=f"{name}-{study.name}-{arm}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_teaches_its_paper(name):
+  module = runner.find(name)
+  doc = module.__doc__
+  assert re.search(r"arXiv:\d{4}\.\d{4,5}", doc)
+  assert "Claim" in doc
+  assert f"python -m experiments.{name}" in doc
+  assert module.SCALES[0] == "laptop"
+  assert any(scale.startswith("paper") for scale in module.SCALES)
+  assert all(study.claims or study.optional for study in module.STUDIES)
+  assert all(any(study.at(scale) for study in module.STUDIES) for scale in module.SCALES)
+  with pytest.raises((ConfigurationError, KeyError)):
+    module.get_config("paper/nothing")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_result_belongs_to_the_claims(name):
+  import json
+
+  module = runner.find(name)
+  path = pathlib.Path(module.__file__).parent / "results" / f"{name}.json"
+  results = json.loads(path.read_text())
+  claims = {
+    (s.name, c.name): c.statement for s in module.STUDIES if s.at("laptop") for c in s.claims
+  }
+  assert {(c["study"], c["name"]): c["statement"] for c in results["claims"]} == claims
+  assert all(c["verdict"] in ("held", "refuted", "undecided") for c in results["claims"])
+  arms = {
+    f"{s.name}/{a}" for s in module.STUDIES if s.at("laptop") and not s.optional for a in s.arms
+  }
+  assert arms <= set(results["arms"])
+  for c in results["claims"]:
+    assert c["seeds"] >= 3
+
+
+@pytest.mark.parametrize(("name", "study", "arm"), laptop_arms())
+def test_a_few_steps(name, study, arm, tmp_path):
+  """Trains two updates with two seeds on the real data and measures everything."""
+  module = runner.find(name)
+  overrides = {"optimizer.total_steps": 2, "optimizer.warmup_steps": 0, "steps_per_dispatch": 1}
+  config = runner.compose(module, "laptop", study, arm, overrides)
+  mesh = meshes.make({}, jax.devices()[:1])
+  lab = runner.Lab(mesh, tmp_path, (0, 1), arm, runner.Progress(quiet()), runner.Interruption())
+  metrics = runner.run_stages(module, config, lab)
+  for claim in study.claims:
+    for metric in filter(None, (claim.metric, claim.against_metric)):
+      assert len(metrics[metric]) == 2
+  assert lab.steps == 2
+
+
+def quiet():
+  import rich.console
+
+  return rich.console.Console(quiet=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arms_compared_have_about_as_many_parameters(name):
+  """Within 5 %, where a claim at laptop scale compares two models on accuracy or error."""
+  module = runner.find(name)
+  mesh = meshes.make({}, jax.devices()[:1])
+  for study in module.STUDIES:
+    if study.run is not None or not study.at("laptop"):
+      continue
+    counts = {}
+    for arm in study.arms:
+      (task,) = module.stages(runner.compose(module, "laptop", study, arm)).values()
+      counts[arm] = Program(task, mesh, (0,)).parameters
+    for claim in study.claims:
+      if claim.against is not None:
+        assert counts[claim.of] == pytest.approx(counts[claim.against], rel=0.05)
