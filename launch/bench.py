@@ -6,7 +6,6 @@ against what the step takes; and S5's layer against the authors' formulation by 
 """
 
 import functools
-import json
 import pathlib
 import statistics
 import tempfile
