@@ -1,5 +1,7 @@
 """Gated recurrent networks as mixers, the baselines of the state space layers."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -86,10 +88,10 @@ class GRU(nn.Module):
     def direction(name: str, reverse: bool) -> jax.Array:
       kernel = named(nn.initializers.lecun_normal(), ("embed", "mlp"))
       project = nn.Dense(3 * hidden, kernel_init=kernel, bias_init=zeros, name=f"input{name}")
-      recurrent_KG = self.param(
+      recurrent_KG: Any = self.param(
         f"recurrent{name}", named(orthogonal_gates, (None, "mlp")), (hidden, 3 * hidden)
       )
-      bias_K = self.param(f"bias{name}", zeros, (hidden,))
+      bias_K: Any = self.param(f"bias{name}", zeros, (hidden,))
       return gru_scan(project(u_BLH.astype(jnp.float32)), recurrent_KG, bias_K, reverse=reverse)
 
     y_BLK = direction("", False)

@@ -1,0 +1,90 @@
+"""Which implementation of an operation runs, given its name, the platform and the shapes.
+
+An operation keeps a table `{name: Implementation}`, best first, whose last row takes every problem
+on every platform. Nothing else in the repository asks for a platform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+class Implementation(NamedTuple):
+  """One backend of an operation.
+
+  forward, backward: pure functions whose signatures the operation's `interface.py` fixes. They have
+    no derivative of their own: the operation's `custom_vjp` is outside.
+  platforms: those that it runs on.
+  refusal: takes the operands of `forward`, returns why it cannot run them, or None where it can.
+  """
+
+  forward: Callable[..., Any]
+  backward: Callable[..., Any]
+  platforms: tuple[str, ...] = PLATFORMS
+  refusal: Callable[..., str | None] = lambda *operands: None
+
+
+def check(table: Mapping[str, Implementation], name: str | None, *operands: Any) -> None:
+  """Raises ValueError unless `name` is None or an implementation that can run the operands here."""
+  if name is None:
+    return
+  platform = _platform()
+  able = [n for n in table if _refusal(table[n], platform, operands) is None]
+  why = "unknown" if name not in table else _refusal(table[name], platform, operands)
+  if why is not None:
+    raise ValueError(f"implementation={name!r}: {why}; available here: {', '.join(able)}")
+
+
+def choose(table: Mapping[str, Implementation], name: str | None, *operands: Any) -> dict[str, str]:
+  """An implementation for each platform: `name`, or else the first that can run the operands."""
+  if name is not None:
+    return dict.fromkeys(PLATFORMS, name)
+  return {
+    platform: next(n for n in table if _refusal(table[n], platform, operands) is None)
+    for platform in PLATFORMS
+  }
+
+
+def forward(
+  table: Mapping[str, Implementation], names: Mapping[str, str], *operands: Any, **static: Any
+) -> Any:
+  """Calls `forward` of `names[platform]`, for the platform that the program is compiled for."""
+  return _call(names, {n: table[n].forward for n in names.values()}, operands, static)
+
+
+def backward(
+  table: Mapping[str, Implementation], names: Mapping[str, str], *operands: Any, **static: Any
+) -> Any:
+  """As `forward`, for the derivative."""
+  return _call(names, {n: table[n].backward for n in names.values()}, operands, static)
+
+
+def _call(
+  names: Mapping[str, str],
+  functions: Mapping[str, Callable[..., Any]],
+  operands: tuple[Any, ...],
+  static: Mapping[str, Any],
+) -> Any:
+  bound = {n: lambda *args, f=f: f(*args, **static) for n, f in functions.items()}
+  if len(bound) == 1:
+    (only,) = bound.values()
+    return only(*operands)
+  # Decided at lowering: a program may be compiled for a platform other than the default one.
+  return lax.platform_dependent(*operands, **{p: bound[n] for p, n in names.items()})
+
+
+def _refusal(row: Implementation, platform: str, operands: tuple[Any, ...]) -> str | None:
+  if platform not in row.platforms:
+    return f"runs on {', '.join(row.platforms)}, not on {platform}"
+  return row.refusal(*operands)
+
+
+def _platform() -> str:
+  name = jax.default_backend()
+  return "cuda" if name == "gpu" else name

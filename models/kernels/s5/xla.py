@@ -1,0 +1,130 @@
+"""S5 as matrix product, loop over time, matrix product; any platform.
+
+All matrix products are real, over the parts of a complex factor side by side (the axis c of size 2
+in the names of shapes), so that none is spent on the imaginary part of the output. What the first
+product writes is what the loop overwrites and the second product reads. The states are kept for the
+backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.kernels.linear_scan import xla as loop
+
+Pair = tuple[jax.Array, ...]
+
+
+def forward(
+  u: jax.Array,
+  a: tuple[Pair, ...],
+  scale: tuple[Pair | None, ...],
+  B: Pair,
+  C: Pair,
+  D: jax.Array,
+  x0: Pair,
+  *,
+  reverses: tuple[bool, ...],
+) -> tuple[jax.Array, Pair, Any]:
+  """See `interface.py`."""
+  low = _factor_dtype(u, D)
+  drive_BLcP = _product("blh,cph->blcp", u, jnp.stack(B), low, D.dtype)
+  y_BLH = D * u
+  states, lasts = [], []
+  for k, (C_k, x0_k) in enumerate(zip(_output_matrices(C, len(a)), _starts(x0, a), strict=True)):
+    v_BLcP = _times(scale[k], drive_BLcP)
+    x_BLcP, last_BP = loop.scan(a[k], v_BLcP, x0_k, reverse=reverses[k])
+    y_BLH = _product("blcp,chp->blh", x_BLcP, C_k, low, D.dtype) + y_BLH
+    states.append(x_BLcP)
+    lasts.append(last_BP)
+  # The product with B is needed again only for the gradient of a scale.
+  saved = (None if all(s is None for s in scale) else drive_BLcP, tuple(states))
+  return y_BLH.astype(u.dtype), loop.parts(lasts[0]), saved
+
+
+def backward(
+  saved: Any,
+  u: jax.Array,
+  a: tuple[Pair, ...],
+  scale: tuple[Pair | None, ...],
+  B: Pair,
+  C: Pair,
+  D: jax.Array,
+  x0: Pair,
+  dy: jax.Array,
+  dx_last: Pair,
+  *,
+  reverses: tuple[bool, ...],
+) -> tuple[Any, ...]:
+  """See `interface.py`. Gradients in the convention where d of (re, im) is d re + i d im."""
+  drive_BLcP, states = saved
+  low, dtype = _factor_dtype(u, D), D.dtype
+  # Products that sum over batch and time keep the axes c and P apart: merged they would be plain
+  # matrix products with one copy less, but states sharded over devices would be gathered.
+  da: list[Pair] = []
+  dscale: list[Pair | None] = []
+  dC: list[jax.Array] = []
+  ddrives: list[jax.Array] = []
+  dx0s: list[Pair] = []
+  starts, ends = _starts(x0, a), _starts(dx_last, a)
+  for k, C_k in enumerate(_output_matrices(C, len(a))):
+    dC.append(_product("blh,blcp->chp", dy, states[k], low, dtype))
+    dx_BLcP = _product("blh,chp->blcp", dy, C_k, low, dtype)
+    da_k, dv_BLcP, dx0_k = loop.adjoint(
+      a[k], states[k], starts[k], dx_BLcP, ends[k], reverse=reverses[k]
+    )
+    da.append(da_k)
+    dx0s.append(loop.parts(dx0_k))
+    scale_k = scale[k]
+    if scale_k is None:
+      dscale.append(None)
+      ddrives.append(dv_BLcP)
+    else:
+      product = loop.native(dv_BLcP) * jnp.conj(loop.native(drive_BLcP))
+      dscale.append(loop.parts(product.sum((0, 1)) if scale_k[0].ndim == 1 else product))
+      ddrives.append(_times((scale_k[0], -scale_k[1]), dv_BLcP))
+
+  ddrive_BLcP = ddrives[0] if len(a) == 1 else ddrives[0] + ddrives[1]
+  du_BLH = _product("blcp,cph->blh", ddrive_BLcP, jnp.stack(B), low, dtype) + D * dy
+  dB_cPH = _product("blcp,blh->cph", ddrive_BLcP, u, low, dtype)
+  dC_cHP = jnp.concatenate(dC, axis=-1)
+  return (
+    du_BLH.astype(u.dtype),
+    tuple(da),
+    tuple(dscale),
+    (dB_cPH[0], dB_cPH[1]),
+    (dC_cHP[0], -dC_cHP[1]),
+    jnp.einsum("blh,blh->h", dy.astype(dtype), u.astype(dtype)),
+    dx0s[0],
+  )
+
+
+def _factor_dtype(u: jax.Array, D: jax.Array) -> jnp.dtype:
+  """What the factors of a matrix product are rounded to: 16 bits where `u` has no more."""
+  return u.dtype if u.dtype.itemsize < 4 else D.dtype
+
+
+def _product(
+  equation: str, x: jax.Array, z: jax.Array, low: jnp.dtype, dtype: jnp.dtype
+) -> jax.Array:
+  return jnp.einsum(equation, x.astype(low), z.astype(low), preferred_element_type=dtype)
+
+
+def _output_matrices(C: Pair, directions: int) -> list[jax.Array]:
+  """For each direction the real (2, H, P) that takes the parts of x to Re(C x)."""
+  return jnp.split(jnp.stack([C[0], -C[1]]), directions, axis=-1)
+
+
+def _times(scale: Pair | None, x_BLcP: jax.Array) -> jax.Array:
+  if scale is None:
+    return x_BLcP
+  return jnp.stack(loop.parts(loop.native(scale) * loop.native(x_BLcP)), axis=2)
+
+
+def _starts(x0: Pair, a: tuple[Pair, ...]) -> list[jax.Array]:
+  """The first direction starts from x0, the second from zero (and so for gradients)."""
+  first = loop.native(x0)
+  return [first, jnp.zeros_like(first)][: len(a)]

@@ -1,0 +1,85 @@
+"""Races: contestants timed in turn in one run, so that a ratio means something."""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+
+def race(
+  contestants: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]], rounds: int = 20
+) -> dict[str, dict[str, Any]]:
+  """Times jitted functions in interleaved rounds.
+
+  Args:
+    contestants: name -> (function, arguments); the function is jitted here.
+    rounds: timed calls of each, after two warm-up calls.
+
+  Returns: name -> {"seconds": [one a round], "compile_s": float, "temporaries": bytes of the
+  compiled program's temporary buffers}.
+  """
+  results: dict[str, dict[str, Any]] = {}
+  compiled = {}
+  for name, (function, arguments) in contestants.items():
+    began = time.perf_counter()
+    compiled[name] = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - began
+    memory = compiled[name].memory_analysis()
+    temporaries = memory.temp_size_in_bytes if memory is not None else None
+    results[name] = {"seconds": [], "compile_s": seconds, "temporaries": temporaries}
+    for _ in range(2):
+      jax.block_until_ready(compiled[name](*arguments))
+  for _ in range(rounds):
+    for name, (_, arguments) in contestants.items():
+      began = time.perf_counter()
+      jax.block_until_ready(compiled[name](*arguments))
+      results[name]["seconds"].append(time.perf_counter() - began)
+  return results
+
+
+def by_length(
+  module: nn.Module,
+  baseline: nn.Module,
+  lengths: Sequence[int],
+  batch: int,
+  features: int,
+  *,
+  repeats: int = 3,
+  rounds: int = 10,
+) -> dict[str, list[float]]:
+  """A module (B, L, H) -> (B, L, H) against a baseline, forward and gradient, by length.
+
+  Returns: for KIND "forward" and "gradient" (of the mean square of the output, by parameters and
+  input) and each length L, one value a repeat of
+    "KIND time/L": median time over the baseline's,
+    "KIND per second/L": calls of the module a second,
+    "KIND memory/L": temporary bytes over the baseline's.
+  """
+  metrics: dict[str, list[float]] = {}
+  modules = {"module": module, "baseline": baseline}
+  for length in lengths:
+    u_BLH = jax.random.normal(jax.random.key(0), (batch, length, features))
+
+    def forward(variables, u_BLH, *, which):
+      return modules[which].apply(variables, u_BLH)
+
+    def gradient(variables, u_BLH, *, which, forward=forward):
+      loss = lambda v, u: (forward(v, u, which=which) ** 2).mean()  # noqa: E731
+      return jax.grad(loss, argnums=(0, 1))(variables, u_BLH)
+
+    arguments = {k: (m.init(jax.random.key(1), u_BLH), u_BLH) for k, m in modules.items()}
+    for kind, function in (("forward", forward), ("gradient", gradient)):
+      contestants = {k: (functools.partial(function, which=k), arguments[k]) for k in modules}
+      results = race(contestants, rounds * repeats)
+      ours, theirs = (
+        np.median(np.reshape(results[k]["seconds"], (repeats, rounds)), axis=1) for k in modules
+      )
+      memory = results["module"]["temporaries"] / results["baseline"]["temporaries"]
+      metrics[f"{kind} time/{length}"] = (ours / theirs).tolist()
+      metrics[f"{kind} per second/{length}"] = (1 / ours).tolist()
+      metrics[f"{kind} memory/{length}"] = [memory] * repeats
+  return metrics
