@@ -23,7 +23,6 @@ irregular times; and the running time of a layer. Paper scale: the rows of the r
 import functools
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -34,50 +33,49 @@ from models.kernels import timing
 from objectives import classification, optimizers, regression
 
 # Rows of the released run scripts: layers, width H, state P, blocks J, dropout, ssm_lr, lr, batch,
-# epochs, weight decay, C, parameter groups. Then the data: name, length, classes, vocabulary (None:
-# real values), training examples (Speech Commands' and the pendulum's are recalled).
-PAPER: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]] = {
+# epochs, weight decay, C, parameter groups; then the data, then what else differs.
+PAPER: dict[str, tuple[tuple[Any, ...], str, dict[str, Any]]] = {
   "listops": (
     (8, 128, 16, 8, 0.0, 1e-3, 3e-3, 50, 40, 0.04, "lecun_normal", "BfastandCdecay"),
-    ("listops", 2048, 10, 20, 96_000),
+    "listops",
     {"block.activation": "half_glu2"},
   ),
   "text": (
     (6, 256, 192, 12, 0.1, 1e-3, 4e-3, 50, 35, 0.07, "lecun_normal", "standard"),
-    ("imdb_reviews", 4096, 2, 135, 25_000),
+    "imdb_reviews",
     # There is no validation split: the best epoch is the best on the test set, as published.
     {"block.activation": "half_glu2", "optimizer.dt_global": True, "optimizer.warmup_steps": 0}
     | {"select": "test/accuracy"},
   ),
   "retrieval": (
     (6, 128, 256, 16, 0.0, 1e-3, 2e-3, 32, 20, 0.05, "trunc_standard_normal", "standard"),
-    ("aan", 4000, 2, 98, 147_086),
-    {"kind": "retrieval", "optimizer.dt_global": True},
+    "aan",
+    {"optimizer.dt_global": True},
   ),
   "image": (
     (6, 512, 384, 3, 0.1, 1e-3, 4.5e-3, 50, 250, 0.07, "lecun_normal", "BfastandCdecay"),
-    ("cifar10", 1024, 10, None, 45_000),
+    "cifar10",
     {"ssm.clip_eigs": True},
   ),
   "pathfinder": (
     (6, 192, 256, 8, 0.05, 9e-4, 4.5e-3, 64, 200, 0.03, "trunc_standard_normal", "standard"),
-    ("pathfinder32", 1024, 2, None, 160_000),
+    "pathfinder32",
     {"block.momentum": 0.9},
   ),
   "pathx": (
     (6, 128, 256, 16, 0.0, 6e-4, 1.8e-3, 32, 75, 0.06, "complex_normal", "BandCdecay"),
-    ("pathfinder128", 16_384, 2, None, 160_000),
+    "pathfinder128",
     {"ssm.dt_min": 1e-4, "block.momentum": 0.9},
   ),
   "speech": (
     (6, 96, 128, 16, 0.1, 2e-3, 8e-3, 16, 40, 0.04, "lecun_normal", "noBCdecay"),
-    ("speech_commands_35", 16_000, 35, None, 84_843),
+    "speech_commands_35",
     {},
   ),
   "pendulum": (
     (4, 30, 16, 8, 0.0, 3e-3, 1.2e-2, 32, 100, 0.0, "trunc_standard_normal", "standard"),
-    ("pendulum", 50, 2, None, 2_000),
-    {"kind": "pendulum", "block.norm": "layer", "block.prenorm": False, "select": ""}
+    "pendulum",
+    {"block.norm": "layer", "block.prenorm": False, "select": ""}
     | {"block.activation": "half_glu2", "ssm.bidirectional": False, "ssm.dt_min": 1e-2},
   ),
 }
@@ -92,8 +90,7 @@ SCALES = ("laptop", *(f"paper/{row}" for row in PAPER))
 def get_config(scale: str = "laptop") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict(
     {
-      "kind": "classification",  # | retrieval | pendulum
-      "data": {"name": "digits", "length": 256, "classes": 10, "vocab": None, "repeat": 4},
+      "data": {"name": "digits", "repeat": 4},  # any of long_range.SETS
       "layers": 2,
       "width": 32,
       "mixer": "s5",  # | s4d | gru
@@ -123,30 +120,33 @@ def get_config(scale: str = "laptop") -> ml_collections.ConfigDict:
         "lr": 8e-3,
         "weight_decay": 0.01,
         "dt_global": False,
-        "total_steps": 1500,
-        "warmup_steps": 150,
+        "total_steps": 1200,
+        "warmup_steps": 120,
         "released_schedule": False,
       },
       "batch_size": 32,
       "evaluate_every": 150,
-      "checkpoint_every": 500,
+      "checkpoint_every": 600,
       "steps_per_dispatch": 25,
       "select": "",
     }
   )
   if scale != "laptop":
-    settings, data, extras = PAPER[scale.removeprefix("paper/")]
-    values = dict(zip(PAPER_KEYS, settings, strict=True))
-    name, length, classes, vocab, examples = data
-    epoch, epochs = examples // values["batch_size"], values.pop("epochs")
-    values |= {"data.name": name, "data.length": length, "data.classes": classes}
-    values |= {"data.vocab": vocab, "data.repeat": 1, "pooling": "mean", "ssm.bidirectional": True}
-    values |= {"optimizer.total_steps": epochs * epoch, "optimizer.warmup_steps": epoch}
-    values |= {"evaluate_every": epoch, "checkpoint_every": epoch, "steps_per_dispatch": 1}
-    values |= {"optimizer.released_schedule": True, "select": "validation/accuracy"}
-    with config.ignore_type():
-      config.update_from_flattened_dict(values | extras)
+    config.update_from_flattened_dict(paper(scale.removeprefix("paper/")))
   return config
+
+
+def paper(row: str) -> dict[str, Any]:
+  """A row of the released run scripts as dotted keys of the configuration."""
+  settings, name, extras = PAPER[row]
+  values = dict(zip(PAPER_KEYS, settings, strict=True))
+  epochs = values.pop("epochs")
+  epoch = long_range.describe(name).train // values["batch_size"]
+  values |= {"data.name": name, "data.repeat": 1, "pooling": "mean", "ssm.bidirectional": True}
+  values |= {"optimizer.total_steps": epochs * epoch, "optimizer.warmup_steps": epoch}
+  values |= {"evaluate_every": epoch, "checkpoint_every": epoch, "steps_per_dispatch": 1}
+  values |= {"optimizer.released_schedule": True, "select": "validation/accuracy"}
+  return values | extras
 
 
 MIXERS: dict[str, Any] = {
@@ -158,72 +158,49 @@ MIXERS: dict[str, Any] = {
 }
 
 
-def encoder(config) -> sequence.Encoder:
-  """Residual blocks around the mixer under study (section 3 of the paper)."""
+def encoder(config, vocab: int | None = None) -> sequence.Encoder:
+  """Residual blocks around the mixer under study."""
   block = functools.partial(sequence.Block, mixer=MIXERS[config.mixer](config.ssm), **config.block)
-  return sequence.Encoder(
-    block=block, features=config.width, layers=config.layers, vocab=config.data.vocab
-  )
-
-
-def examples(data, split: str):
-  """A split as the network reads it."""
-  return long_range.load(data.name, split, data.length, repeat=data.repeat)
+  return sequence.Encoder(block, features=config.width, layers=config.layers, vocab=vocab)
 
 
 def stages(config) -> dict[str, Task]:
-  data = config.data
+  data = long_range.describe(**config.data)
+  load = functools.partial(long_range.load, **config.data)
+  stack = encoder(config, data.vocab)
   model: Any
-  objective: Any
-  axes: dict[str, tuple[str | None, ...]]
-  reals, ints = (functools.partial(jax.ShapeDtypeStruct, dtype=d) for d in (np.float32, np.int32))
-  match config.kind:
-    case "classification":
-      model = sequence.Classifier(encoder(config), data.classes, pooling=config.pooling)
-      objective = classification.cross_entropy
-      example = {"inputs": reals((data.length, 1)), "labels": ints(())}
-      if data.vocab:
-        example |= {"inputs": ints((data.length,)), "lengths": ints(())}
-      axes = {"inputs": ("length",)}
-    case "retrieval":
-      model = sequence.Retrieval(encoder(config), data.classes)
-      objective = classification.cross_entropy
-      example = {"inputs": ints((2, data.length)), "lengths": ints((2,)), "labels": ints(())}
-      axes = {"inputs": (None, "length")}
-    case "pendulum":  # sine and cosine of the angle at every irregularly timed frame
-      model = sequence.FrameRegressor(
-        encoder(config), data.classes, config.gaps, convolutional=config.conv
-      )
+  objective: Any = classification.cross_entropy
+  match data.kind:
+    case "classify":
+      model = sequence.Classifier(stack, data.outputs, config.pooling)
+    case "match":
+      model = sequence.Retrieval(stack, data.outputs)
+    case "regress":  # sine and cosine of the pendulum's angle at every irregularly timed frame
+      model = sequence.FrameRegressor(stack, data.outputs, config.gaps, convolutional=config.conv)
       objective = regression.gaussian_nll
-      example = {"inputs": reals((data.length, 24, 24, 1)), "dt": reals((data.length,))}
-      example |= {"targets": reals((data.length, data.classes))}
-      axes = {name: ("length",) for name in example}
-  read = [name for name in example if name not in ("labels", "targets")]
-  init, loss = supervised(model, objective, example, read)
-  splits = ["test"] if data.name == "imdb_reviews" else ["validation", "test"]
-  evaluate = {s: Evaluation(functools.partial(examples, data, s)) for s in splits}
-  if config.kind == "classification" and not data.vocab:
-    # Every second sample, with the timescales told of it and not (section 6.2).
-    half = example | {"inputs": reals(((data.length + 1) // 2, 1))}
+  init, loss = supervised(model, objective, data.example, data.inputs)
+  evaluate = {s: Evaluation(functools.partial(load, split=s)) for s in data.splits}
+  if data.kind == "classify" and not data.vocab:
+    # Every second sample, with the timescales told of it and not.
     for name, rescale in (("half_rate", 2.0), ("half_rate_untold", 1.0)):
       evaluate[name] = Evaluation(
-        lambda: examples(data, "test").map(views.subsample(2)),
+        lambda: load(split="test").map(views.subsample(2)),
         functools.partial(loss, step_rescale=rescale),
-        half,
+        data.at_half_rate().example,
       )
   return {
     "train": Task(
       init=init,
       loss=loss,
       optimizer=optimizers.s5_optimizer(**config.optimizer),
-      example=example,
-      data=functools.partial(examples, data, "train"),
+      example=data.example,
+      data=functools.partial(load, split="train"),
       batch_size=config.batch_size,
       steps=config.optimizer.total_steps,
       evaluate=evaluate,
       evaluate_every=config.evaluate_every,
       select=config.select or None,
-      axes=axes,
+      axes=data.axes,
       steps_per_dispatch=config.steps_per_dispatch,
       checkpoint_every=config.checkpoint_every,
     )
@@ -245,48 +222,37 @@ def runtime(config, lab) -> dict[str, list[float]]:
 
 LENGTHS = (256, 1024, 4096)
 LRA = [f"paper/{row}" for row in ("listops", "text", "retrieval", "image", "pathfinder", "pathx")]
-PENDULUM = {
-  "kind": "pendulum",
-  "conv": False,
-  "data.name": "pendulum",
-  "data.length": 50,
-  "data.classes": 2,
-  "width": 30,
-  "ssm.state": 16,
-  "ssm.blocks": 8,
-  "ssm.dt_min": 1e-2,
-  "block.norm": "layer",
-  "block.prenorm": False,
-  "block.activation": "half_glu2",
-  "optimizer.ssm_lr": 3e-3,
-  "optimizer.lr": 1.2e-2,
-  "optimizer.weight_decay": 0.0,
-  "optimizer.total_steps": 600,
-  "optimizer.warmup_steps": 60,
-  "evaluate_every": 60,
-}
+SHORT = {"optimizer.total_steps": 600, "optimizer.warmup_steps": 60, "evaluate_every": 60}
+PENDULUM = paper("pendulum") | SHORT | {"layers": 2, "conv": False, "steps_per_dispatch": 5}
 GAPS = {"gaps": {}, "append": {"gaps": "append"}, "ignore": {"gaps": "ignore"}}
-gaps_help = Claim(
-  "the gaps, told to the state space, lower the error by a tenth",
-  metric="test/mse",
-  of="gaps",
-  against="ignore",
-  ratio=True,
-  at_most=0.9,
-  refuted_above=1.0,
+gaps_help = functools.partial(Claim, metric="test/mse", of="gaps", against="ignore", ratio=True)(
+  "the gaps, told to the state space, lower the error by a tenth", at_most=0.9, refuted_above=1.0
 )
 accurate = functools.partial(Claim, metric="test/accuracy")
 half_rate = functools.partial(Claim, metric="half_rate/accuracy", of="s5", against="s5")
 
+ARMS: dict[str, dict[str, Any]] = {
+  "s5": {},  # 6,890 parameters
+  "s4d": {"mixer": "s4d"},  # 6,858
+  "gru": {"mixer": "gru", "width": 21},  # 6,730
+  "random spectrum": {"ssm.spectrum": "gaussian"},
+}
+RATES = {
+  f"lr {rate:g}": {"optimizer.lr": rate, "optimizer.ssm_lr": rate / 4}
+  for rate in (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+}
+
 STUDIES = [
+  Study(  # the same rates for every arm, on the validation set and with seeds of its own
+    "tuning",
+    arms={f"{arm}, {rate}": ARMS[arm] | RATES[rate] for arm in ARMS for rate in RATES},
+    seeds=(100, 101),
+    plot=["validation/accuracy"],
+    optional=True,
+  ),
   Study(
     "accuracy",
-    arms={
-      "s5": {},  # 6,890 parameters
-      "s4d": {"mixer": "s4d"},  # 6,858
-      "gru": {"mixer": "gru", "width": 21},  # 6,730
-      "random spectrum": {"ssm.spectrum": "gaussian"},
-    },
+    arms=ARMS,
     claims=[
       accurate("S5 is as accurate as S4D", of="s5", against="s4d", at_least=-0.02),
       accurate("S5 remembers what a GRU forgets", of="s5", against="gru", at_least=0.03),
@@ -294,12 +260,7 @@ STUDIES = [
       accurate("HiPPO-N starts as well", of="s5", against="random spectrum", at_least=0.0),
     ],
   ),
-  Study(
-    "irregular",
-    config=PENDULUM,
-    arms=GAPS,
-    claims=[gaps_help],
-  ),
+  Study("irregular", config=PENDULUM, arms=GAPS, claims=[gaps_help]),
   Study("pendulum", scales=("paper/pendulum",), arms=GAPS, claims=[gaps_help]),
   Study(
     "rate",
@@ -320,7 +281,7 @@ STUDIES = [
     config={"width": 64, "batch_size": 4, "ssm.blocks": 1, "block.activation": "full_glu"},
     arms={"P = H": {"ssm.state": 64}, "P free": {"ssm.state": 16}},
     claims=[
-      Claim(f"{kind} time over S4D's is stable in length", f"{kind} spread", arm, at_most=3.0)
+      Claim(f"{kind} time over S4D's varies little, {arm}", f"{kind} spread", arm, at_most=3.0)
       for kind in ("forward", "gradient")
       for arm in ("P = H", "P free")
     ],
@@ -330,10 +291,7 @@ STUDIES = [
   Study(
     "lra",
     scales=LRA,
-    arms={
-      "s5": {},
-      "s4d": {"mixer": "s4d", "ssm.state": 64, "block.activation": "full_glu"},
-    },
+    arms={"s5": {}, "s4d": {"mixer": "s4d", "ssm.state": 64, "block.activation": "full_glu"}},
     claims=[accurate("S5 is as accurate as S4D", of="s5", against="s4d", at_least=-0.015)],
   ),
 ]

@@ -108,6 +108,9 @@ class Study:
   plot: Sequence[str] = ()
 
   def __post_init__(self) -> None:
+    names = [claim.name for claim in self.claims]
+    if len(set(names)) < len(names):
+      raise ConfigurationError(f"study {self.name!r}: two claims have the same name")
     for claim in self.claims:
       for arm in filter(None, (claim.of, claim.against)):
         if arm not in self.arms:

@@ -6,25 +6,111 @@ normalised and in raster order, a tenth of its training set for validation. Othe
 read in raster order with values from 0 to 1.
 """
 
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
 from experiments.datasets import sources, views
 
 
-def load(name: str, split: str, length: int, *, repeat: int = 1):
-  """A split as sequences: a source of `inputs`, `labels` or `targets`, and `lengths` or `dt`.
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+  """What a network must know of a data set.
+
+  Attributes:
+    kind: "classify" one sequence, "match" two documents, or "regress" at every frame.
+    length: positions.
+    outputs: classes, or targets a frame.
+    vocab: number of tokens; None for real values.
+    train: training examples.
+    splits: what can be measured.
+  """
+
+  kind: str
+  length: int
+  outputs: int
+  vocab: int | None
+  train: int
+  splits: tuple[str, ...] = ("validation", "test")
+
+  @property
+  def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of one example."""
+    n, label = self.length, {"labels": jax.ShapeDtypeStruct((), np.int32)}
+    if self.kind == "match":
+      return _spec(np.int32, inputs=(2, n), lengths=(2,)) | label
+    if self.kind == "regress":
+      return _spec(np.float32, inputs=(n, 24, 24, 1), dt=(n,), targets=(n, self.outputs))
+    if self.vocab:
+      return _spec(np.int32, inputs=(n,), lengths=()) | label
+    return _spec(np.float32, inputs=(n, 1)) | label
+
+  @property
+  def inputs(self) -> list[str]:
+    """The fields that the network reads."""
+    return [name for name in self.example if name not in ("labels", "targets")]
+
+  @property
+  def axes(self) -> dict[str, tuple[str | None, ...]]:
+    """Logical axes of the fields that have a length."""
+    if self.kind == "match":
+      return {"inputs": (None, "length")}
+    return {name: ("length",) for name, s in self.example.items() if self.length in s.shape}
+
+  def at_half_rate(self) -> "Sequences":
+    return dataclasses.replace(self, length=(self.length + 1) // 2)
+
+
+def _spec(dtype: Any, **shapes: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+
+
+# Training sizes of Speech Commands and the pendulum are recalled. Of the last three, the data are
+# not among `sources`: their networks can be built and compiled, and loading says what is missing.
+SETS = {
+  "digits": Sequences("classify", 64, 10, None, 1_085),
+  "mnist_5k": Sequences("classify", 784, 10, None, 3_500),
+  "mnist_10k": Sequences("classify", 784, 10, None, 7_008),
+  "listops": Sequences("classify", 2048, 10, 20, 96_000),
+  "imdb_reviews": Sequences("classify", 4096, 2, 135, 25_000, ("test",)),
+  "cifar10": Sequences("classify", 1024, 10, None, 45_000),
+  "pendulum": Sequences("regress", 50, 2, None, 2_000),
+  "speech_commands_35": Sequences("classify", 16_000, 35, None, 84_843),
+  "aan": Sequences("match", 4000, 2, 98, 147_086),
+  "pathfinder32": Sequences("classify", 1024, 2, None, 160_000),
+  "pathfinder128": Sequences("classify", 16_384, 2, None, 160_000),
+}
+
+
+def describe(name: str, repeat: int = 1) -> Sequences:
+  """The description of a set; `repeat` as for `load`.
+
+  Raises:
+    ValueError: for a name that is not in SETS.
+  """
+  if name not in SETS:
+    raise ValueError(f"data.name={name!r}; accepted: {', '.join(SETS)}")
+  return dataclasses.replace(SETS[name], length=SETS[name].length * repeat)
+
+
+def load(name: str, split: str, repeat: int = 1):
+  """A split as sequences: a source whose examples have the shapes of `describe(...).example`.
 
   Args:
-    name: "listops", "imdb_reviews", "pendulum", or an image set such as "digits" or "cifar10".
+    name: one of SETS.
     split: "train", "validation" or "test".
-    length: what token sequences are padded or cut to; images and frames have their own.
-    repeat: how many times each pixel is repeated.
+    repeat: how many times each pixel of an image is repeated.
   """
+  length = describe(name, repeat).length
   match name:
     case "listops":
-      return sources.load(name, split).map(views.pad(length))
+      return sources.load(name, split, in_memory=False).map(views.pad(length))
     case "imdb_reviews":
       vocabulary = views.character_vocabulary(sources.load(name, "train"))
       characters = views.characters(vocabulary, length=length)
-      return sources.load(name, split).map(characters).map(views.pad(length))
+      return sources.load(name, split, in_memory=False).map(characters).map(views.pad(length))
     case "pendulum":
       return sources.load(name, split).map(views.pendulum())
     case "cifar10":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from absl import app, flags
 from jax import lax
 from rich.table import Table
 
-from models.kernels import linear_scan, s5_apply
+from models.kernels import linear_scan, s5_apply, timing
 
 WIDTH, STATES = 128, 64
 LENGTHS = (256, 1024, 4096, 16384)
@@ -152,21 +151,12 @@ def _row(
   their_operands: tuple[Any, ...],
   repeats: int,
 ) -> dict[str, Any]:
-  calls = [(jax.jit(ours), our_operands), (jax.jit(theirs), their_operands)]
-  programs = [function.lower(*operands).compile() for function, operands in calls]
-  got, want = (
-    jax.tree.leaves(jax.block_until_ready(program(*operands)))[0]  # and warms up
-    for program, (_, operands) in zip(programs, calls, strict=True)
-  )
+  contestants = {"ours": (ours, our_operands), "peer": (theirs, their_operands)}
+  found = timing.race(contestants, repeats)
+  got, want = (jax.tree.leaves(jax.jit(f)(*operands))[0] for f, operands in contestants.values())
   error = float(jnp.abs(got.real - want.real).max() / jnp.abs(want.real).max())
-  times: list[list[float]] = [[], []]
-  for _ in range(repeats):
-    for program, (_, operands), elapsed in zip(programs, calls, times, strict=True):
-      start = time.perf_counter()
-      jax.block_until_ready(program(*operands))
-      elapsed.append(1e3 * (time.perf_counter() - start))
-  ms, peer_ms = (float(np.median(elapsed)) for elapsed in times)
-  temp, peer_temp = (_temporaries_mb(program) for program in programs)
+  ms, peer_ms = (1e3 * float(np.median(found[name]["seconds"])) for name in contestants)
+  temp, peer_temp = (found[name]["temporaries"] / 1e6 for name in contestants)
   return {
     "case": case,
     "shape": list(shape),
@@ -178,11 +168,6 @@ def _row(
     "peer_temp_mb": peer_temp,
     "error": error,
   }
-
-
-def _temporaries_mb(program: jax.stages.Compiled) -> float:
-  analysis = program.memory_analysis()
-  return float("nan") if analysis is None else analysis.temp_size_in_bytes / 1e6
 
 
 def table(found: Sequence[dict[str, Any]]) -> Table:

@@ -319,3 +319,18 @@ def test_the_command_line(tmp_path):
   output, _ = command("--help").communicate(timeout=60)
   for flag in ("--config", "--scale", "--study", "--arm", "--seeds", "--workdir", "--mesh"):
     assert f"{flag}:" in output
+
+
+def test_the_list_of_experiments(monkeypatch, capsys, tmp_path):
+  from launch import list as listing
+
+  monkeypatch.chdir(tmp_path)  # no runs here: the committed verdicts are shown
+  monkeypatch.setattr(sys, "argv", ["launch.list"])
+  listing.main()
+  output = capsys.readouterr().out
+  for name in runner.names():
+    assert name in output
+    for study in runner.find(name).STUDIES:
+      assert study.name in output
+  assert "not run" in output  # paper scales
+  assert "estimate" in output
