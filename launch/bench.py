@@ -146,8 +146,8 @@ def overhead() -> list[dict[str, Any]]:
   rows = []
   mesh = meshes.make({}, jax.devices()[:1])
   for name, width, repeats, steps, updates in (
-    ("about 10 ms, one step a dispatch", 512, 80, 200, 1),
-    ("about 0.5 ms, 50 steps a dispatch", 128, 20, 4000, 50),
+    ("about 10 ms, one step a dispatch", 512, 80, 400, 1),
+    ("about 0.5 ms, 50 steps a dispatch", 128, 36, 4000, 50),
   ):
     program = Program(work(width, repeats, steps, updates), mesh, (0,))
     bare = functools.partial(bare_seconds, program, updates, steps // updates)
@@ -172,7 +172,7 @@ def reading() -> list[dict[str, Any]]:
   mesh = meshes.make({}, jax.devices()[:1])
   for name, width, repeats, steps, updates in (
     ("about 10 ms", 512, 80, 100, 1),
-    ("about 0.5 ms", 128, 20, 2000, 50),
+    ("about 0.5 ms", 128, 36, 2000, 50),
   ):
     task = work(width, repeats, steps, updates)
     program = Program(task, mesh, (0,))

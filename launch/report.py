@@ -36,7 +36,8 @@ def table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 def drawn(study: Study, arms: Mapping[str, Any]) -> list[str]:
   """The metrics that a study is about: asked for, or claimed, or all there are."""
   there = dict.fromkeys(m for arm in arms.values() for m in arm["metrics"])
-  wanted = list(study.plot) or list(dict.fromkeys(c.metric for c in study.claims)) or list(there)
+  claimed = [m for c in study.claims for m in (c.metric, c.against_metric) if m]
+  wanted = list(study.plot) or list(dict.fromkeys(claimed)) or list(there)
   return [m for m in wanted if m in there]
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from launch import ConfigurationError, TrainingError, loop, metrics, run, runner, table
@@ -334,3 +336,55 @@ def test_the_list_of_experiments(monkeypatch, capsys, tmp_path):
       assert study.name in output
   assert "not run" in output  # paper scales
   assert "estimate" in output
+
+
+@pytest.fixture
+def lab(one_device, tmp_path):
+  import rich.console
+
+  progress = runner.Progress(rich.console.Console(quiet=True))
+  return runner.Lab(one_device, tmp_path, (0, 1), "arm", progress, loop.Interruption())
+
+
+def test_a_second_stage_starts_from_transformed_parameters(toy, lab):
+  config = runner.compose(toy, "laptop", toy.STUDIES[0], "adam", QUICK)
+  task = toy.stages(config)["train"]
+  first = lab.fit("first", task)
+  halved = {"params": jax.tree.map(lambda x: x / 2, first.params), **first.variables}
+  frozen = dataclasses.replace(task, optimizer=optax.sgd(0.0))
+  second = lab.fit("second", frozen, halved)
+  for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True):
+    np.testing.assert_array_equal(a / 2, b)
+  assert lab.steps == 40
+  before = lab.evaluate(task, "test", task.evaluate["test"], halved)
+  after = lab.evaluate(
+    task, "test", task.evaluate["test"], {"params": second.params} | first.variables
+  )
+  assert before == after
+
+
+def test_an_update_of_ones_own(toy, lab):
+  """Two half steps along the same gradient are the whole step of plain gradient descent."""
+  overrides = {**QUICK, "optimizer.name": "sgd"}
+  config = runner.compose(toy, "laptop", toy.STUDIES[1], "adam", overrides)
+  task = toy.stages(config)["train"]
+
+  def update(state, batch, key):
+    def loss(params):
+      return task.loss(params, state.variables, batch, key, train=True)
+
+    (value, (metrics, variables)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    params = state.params
+    for _ in range(2):
+      params = jax.tree.map(lambda p, g: p - 0.5 * config.optimizer.lr * g, params, grads)
+    return state.replace(params=params, variables=variables), {"loss": (value, 1.0)} | metrics
+
+  plain = lab.fit("plain", task)
+  own = lab.fit("own", dataclasses.replace(task, update=update))
+  for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(own.params), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plot_of_ones_own(lab):
+  lab.plot("line", lambda figure: figure.subplots().plot([0, 1]))
+  assert (lab.directory / "line.png").stat().st_size > 1000
