@@ -6,6 +6,7 @@ state of the input pipeline, the same on every process, and a run resumes on ano
 processes with no example skipped or repeated. Threads and read-ahead are Grain's.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +53,9 @@ def check(source: Source, example: Mapping[str, jax.ShapeDtypeStruct], where: st
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-  """Random access to training batches: item k holds what update k reads, fields (S, rows, ...).
+  """Random access to training batches, those of one compiled call at a time.
+
+  Item j holds what updates stops[j-1] to stops[j] - 1 read: fields (updates, S, rows, ...).
 
   Attributes:
     source: the examples.
@@ -60,7 +63,7 @@ class Batches:
     batch_size: rows of the global batch.
     seeds: one independent order a seed.
     rows: this process's part of the global batch.
-    steps: updates in all.
+    stops: the updates done after each call, increasing.
   """
 
   source: Source
@@ -68,7 +71,7 @@ class Batches:
   batch_size: int
   seeds: tuple[int, ...]
   rows: range
-  steps: int
+  stops: Sequence[int]
   _order: Any = dataclasses.field(init=False, repr=False)
 
   def __post_init__(self) -> None:
@@ -77,27 +80,28 @@ class Batches:
     object.__setattr__(self, "_order", cached)
 
   def __len__(self) -> int:
-    return self.steps
+    return len(self.stops)
 
   def _shuffled(self, seed: int, epoch: int) -> np.ndarray:
     # RandomState's streams are frozen: the same order on every platform and numpy version.
     random = np.random.RandomState(np.random.SeedSequence([seed, epoch]).generate_state(4))
     return random.permutation(len(self.source))
 
-  def indices(self, step: int) -> np.ndarray:
-    """Which examples update `step` reads, (S, rows) int64."""
-    start = step * self.batch_size
-    positions = np.arange(start + self.rows.start, start + self.rows.stop)
+  def indices(self, first: int, last: int) -> np.ndarray:
+    """Which examples updates `first` to `last` - 1 read, (updates, S, rows) int64."""
+    starts = np.arange(first, last)[:, None] * self.batch_size
+    positions = starts + np.arange(self.rows.start, self.rows.stop)
     epochs, places = np.divmod(positions, len(self.source))
-    chosen = np.empty((len(self.seeds), len(positions)), np.int64)
-    for epoch in np.unique(epochs):
+    chosen = np.empty((len(self.seeds), *positions.shape), np.int64)
+    for epoch in range(epochs[0, 0], epochs[-1, -1] + 1):
       inside = epochs == epoch
-      for row, seed in enumerate(self.seeds):
-        chosen[row, inside] = self._order(seed, int(epoch))[places[inside]]
-    return chosen
+      for index, seed in enumerate(self.seeds):
+        chosen[index, inside] = self._order(seed, epoch)[places[inside]]
+    return chosen.swapaxes(0, 1)
 
-  def __getitem__(self, step: int) -> Arrays:
-    indices = self.indices(int(step))
+  def __getitem__(self, call: int) -> Arrays:
+    first = self.stops[call - 1] if call else 0
+    indices = self.indices(first, self.stops[call])
     fields = gather(self.source, indices.reshape(-1))
     batch = {
       k: np.asarray(fields[k], spec.dtype).reshape(*indices.shape, *spec.shape)
@@ -120,12 +124,12 @@ def _addressable(sharding: NamedSharding, shape: Sequence[int]):
   return sharding.addressable_devices_indices_map(tuple(shape)).values()
 
 
-def iterate(batches: Batches, start: int, threads: int = 1) -> Iterator[Arrays]:
-  """Reads batches from update `start` on, ahead of need, in Grain's threads."""
+def iterate(batches: Batches, step: int, threads: int = 1) -> Iterator[Arrays]:
+  """Reads on from update `step`, which must be 0 or one of the stops, in Grain's threads."""
   dataset = grain.MapDataset.source(batches)
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, 2 * threads))
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, 2 * threads))
   iterator = iter(dataset.to_iter_dataset(options))
-  iterator.set_state({"next_index": start})
+  iterator.set_state({"next_index": bisect.bisect_right(batches.stops, step)})
   return iterator
 
 
@@ -142,9 +146,9 @@ def evaluation_batches(
 
 
 def to_devices(arrays: Any, shardings: Any, batch_axis: int, batch_size: int) -> Any:
-  """Host arrays of this process to global arrays on the mesh."""
+  """Host arrays of this process to what a program with these input shardings takes."""
   if jax.process_count() == 1:
-    return jax.device_put(arrays, shardings)
+    return arrays  # the compiled call places them itself, faster than `jax.device_put`
 
   def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     shape = (*array.shape[:batch_axis], batch_size, *array.shape[batch_axis + 1 :])

@@ -1,5 +1,6 @@
 """The train loop of one stage: read, update, measure, save; resume where it stopped."""
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -24,6 +25,7 @@ from launch.progress import Progress
 from launch.task import Evaluation, Task
 
 RECORDS = 100  # training metrics are written about this often in a stage
+READ_S = 0.3  # and brought to the host about this often, in seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +165,12 @@ class _Run:
     self.task: Task = program.task
     self.label, self.writer, self.measured = label, writer, measured
     self.checkpoints = Checkpoints(directory)
+    rows, seeds = program.rows, program.seeds
     self.batches = inputs.Batches(
-      source, self.task.example, self.task.batch_size, program.seeds, program.rows, self.task.steps
+      source, self.task.example, self.task.batch_size, seeds, rows, tuple(stops(self.task))
     )
     self.history: list[dict[str, Any]] = []  # evaluations so far
-    self.window: dict[str, list[np.ndarray]] = {}  # training metrics since the last record
+    self.window: dict[str, list[Any]] = {}  # training metrics since the last record
     self.all_finite = jax.jit(_all_finite)
 
   def begin(self, variables: Any) -> None:
@@ -183,56 +186,60 @@ class _Run:
 
   def train(self, progress: Progress, interruption: Interruption) -> None:
     task = self.task
+    shardings = self.program.batch_shardings
     batches = inputs.iterate(self.batches, self.step)
     pending: collections.deque[tuple[int, Any]] = collections.deque()
     _, evaluate_every, checkpoint_every = _rhythm(task)
-    compiled = False
-    for stop in stops(task):
-      if stop <= self.step:
-        continue
-      chunk = [next(batches) for _ in range(stop - self.step)]
-      stacked = {k: np.stack([c[k] for c in chunk]) for k in chunk[0]}
-      placed = inputs.to_devices(stacked, self.program.batch_shardings, 2, task.batch_size)
+    read_at = None
+    for stop in self.batches.stops[bisect.bisect_right(self.batches.stops, self.step) :]:
+      placed = inputs.to_devices(next(batches), shardings, 2, task.batch_size)
       self.state, measured = self.program.update(self.state, placed)
       pending.append((self.step, measured))
       self.step = stop
-      if not compiled:
+      if read_at is None:  # the first call has compiled
         jax.block_until_ready(measured)
         progress.restart_clock(stop)
-        compiled = True
+        read_at = time.monotonic()
+      signalled = interruption.signal
       evaluates = stop % evaluate_every == 0 or stop == task.steps
-      saves = stop % checkpoint_every == 0 or stop == task.steps or interruption.signal
-      # One call stays in flight, so that the device never waits for Python.
-      while len(pending) > (0 if evaluates or saves else 1):
-        self.read(*pending.popleft(), progress)
+      saves = stop % checkpoint_every == 0 or stop == task.steps or signalled
+      if len(pending) > 1:  # one call stays in flight: the device never waits for Python
+        jax.block_until_ready(pending[-2][1])
+      if evaluates or saves or time.monotonic() - read_at > READ_S:
+        self.read(pending, progress, leave=0 if evaluates or saves else 1)
+        read_at = time.monotonic()
       if evaluates:
         self.evaluate()
       if saves:
         self.save()
-      if interruption.signal:
+      if signalled:
         self.checkpoints.wait()
-        raise Stopped(self.label, self.step, interruption.signal)
+        raise Stopped(self.label, self.step, signalled)
     self.checkpoints.wait()
     self.wall_s = time.monotonic() - self.began
 
-  def read(self, first: int, measured: Any, progress: Progress) -> None:
-    """Brings the metrics of one call to the host, checks them, writes them when it is time."""
-    host = {k: (np.asarray(t), np.asarray(n)) for k, (t, n) in measured.items()}
-    total, count = host["loss"]
-    if not np.isfinite(total).all():
-      self.fail(first + int(np.argmax(~np.isfinite(total).all(axis=1))) + 1, "loss")
-    for name, pair in host.items():
-      sums = self.window.setdefault(name, [np.zeros(()), np.zeros(())])
-      for which in range(2):
-        sums[which] = sums[which] + pair[which].sum(axis=0)
-    updates = len(total)
-    last = first + updates
+  def read(self, pending: collections.deque, progress: Progress, leave: int) -> None:
+    """Brings metrics to the host, all but the newest `leave` calls', checks and writes them."""
     every = max(self.task.steps // RECORDS, 1)
-    if last // every > first // every or last == self.task.steps:
-      means = {f"train/{k}": t / np.maximum(n, 1e-30) for k, (t, n) in self.window.items()}
-      self.writer.write(last, means)
-      self.window = {}
-    progress.update(last, float((total[-1] / count[-1]).mean()))
+    loss = math.nan
+    while len(pending) > leave:
+      first, measured = pending.popleft()
+      host = jax.device_get(measured)
+      total, count = host["loss"]
+      if not np.isfinite(total).all():
+        self.fail(first + int(np.argmax(~np.isfinite(total).all(axis=1))) + 1, "loss")
+      loss = float((total[-1] / count[-1]).mean())
+      for name, pair in host.items():
+        sums = self.window.setdefault(name, [0.0, 0.0])
+        for which in range(2):
+          sums[which] = sums[which] + pair[which].sum(axis=0)
+      last = first + len(total)
+      if last // every > first // every or last == self.task.steps:
+        means = {f"train/{k}": t / np.maximum(n, 1e-30) for k, (t, n) in self.window.items()}
+        self.writer.write(last, means)
+        self.window = {}
+    if not math.isnan(loss):
+      progress.update(last, loss)
 
   def evaluate(self) -> None:
     values: dict[str, list[float]] = {}

@@ -77,11 +77,9 @@ def trained(mixer: str, sizes: tuple[tuple[str, int], ...]):
   (task,) = s5.stages(config).values()
   count = int(np.prod([n for _, n in sizes]))
   program = Program(task, meshes.make(dict(sizes), jax.devices()[:count]), (0, 1))
-  batches = inputs.Batches(task.data(), task.example, 32, (0, 1), range(32), 3)
-  chunk = jax.tree.map(lambda *x: np.stack(x), *[batches[k] for k in range(3)])
+  batches = inputs.Batches(task.data(), task.example, 32, (0, 1), range(32), (3,))
   with program.context():
-    placed = inputs.to_devices(chunk, program.batch_shardings, 2, 32)
-    state, metrics = program.update(program.initial_state(), placed)
+    state, metrics = program.update(program.initial_state(), batches[0])
   return jax.tree.map(np.asarray, state.params), np.asarray(metrics["loss"][0])
 
 

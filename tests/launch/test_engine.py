@@ -167,7 +167,7 @@ def test_a_run_goes_on_on_another_mesh(finished, toy, tmp_path, monkeypatch):
     @property
     def signal(self):
       HalfWay.reads += 1
-      return signal.SIGTERM if HalfWay.reads > 12 else None
+      return signal.SIGTERM if HalfWay.reads > 6 else None
 
     @signal.setter
     def signal(self, value): ...

@@ -23,12 +23,12 @@ class Numbers:
     return {"x": np.array([i, -i], np.float64), "id": i}
 
 
-def batches(n=10, batch_size=4, seeds=(0, 1), rows=None, steps=50):
-  return inputs.Batches(Numbers(n), EXAMPLE, batch_size, seeds, rows or range(batch_size), steps)
+def batches(n=10, batch_size=4, seeds=(0, 1), rows=None, stops=range(1, 51)):
+  return inputs.Batches(Numbers(n), EXAMPLE, batch_size, seeds, rows or range(batch_size), stops)
 
 
 def test_an_epoch_is_every_example_once_for_every_seed():
-  order = np.concatenate([batches().indices(k) for k in range(5)], axis=1)  # two epochs of ten
+  order = batches().indices(0, 5).swapaxes(0, 1).reshape(2, 20)  # two epochs of ten
   for seed_order in order:
     assert sorted(seed_order[:10]) == sorted(seed_order[10:]) == list(range(10))
   assert len({tuple(o) for o in order.reshape(4, 10)}) == 4  # all four orders differ
@@ -36,18 +36,18 @@ def test_an_epoch_is_every_example_once_for_every_seed():
 
 def test_the_order_is_pinned():
   """A change of platform, of numpy or of this code that moves an example fails here."""
-  assert batches(n=10, seeds=(3,)).indices(0).tolist() == [PINNED]
+  assert batches(n=10, seeds=(3,)).indices(0, 1).tolist() == [[PINNED]]
 
 
 PINNED = [0, 6, 4, 2]
 
 
 def test_a_batch_has_the_declared_fields():
-  batch = batches()[3]
-  assert batch["x"].shape == (2, 4, 2)
+  batch = batches(stops=(3, 5))[1]
+  assert batch["x"].shape == (2, 2, 4, 2)  # updates, seeds, rows
   assert batch["x"].dtype == np.float32
   assert batch["id"].dtype == np.int32
-  assert batch["mask"].tolist() == [[1.0] * 4] * 2
+  assert batch["mask"].tolist() == [[[1.0] * 4] * 2] * 2
   np.testing.assert_array_equal(batch["x"][..., 1], -batch["id"])
 
 
@@ -56,8 +56,14 @@ def test_processes_together_read_the_global_batch_in_order(processes):
   part = 8 // processes
   parts = [batches(batch_size=8, rows=range(p * part, (p + 1) * part)) for p in range(processes)]
   for step in range(6):
-    together = np.concatenate([p[step]["id"] for p in parts], axis=1)
+    together = np.concatenate([p[step]["id"] for p in parts], axis=2)
     np.testing.assert_array_equal(together, batches(batch_size=8)[step]["id"])
+
+
+def test_how_updates_are_grouped_into_calls_changes_no_example():
+  one_by_one = np.concatenate([batches()[k]["id"] for k in range(7)])
+  grouped = batches(stops=(3, 4, 7))
+  np.testing.assert_array_equal(np.concatenate([grouped[j]["id"] for j in range(3)]), one_by_one)
 
 
 def test_reading_on_from_a_position():
