@@ -116,7 +116,7 @@ def plot_study(study: Study, results: Mapping[str, Any], directory: pathlib.Path
     return
   claims = [c for c in results["claims"] if c["study"] == study.name]
   panels = _panels(shown)
-  heights = [3.1] * len(panels) + [0.1 + 0.42 * len(claims)]
+  heights = [3.1] * len(panels) + [0.1 + 0.62 * len(claims)]
   figure = Figure(figsize=(11, sum(heights) + 0.5), layout="constrained")
   grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
   figure.suptitle(f"{results['experiment']} ({results['scale']}): {study.name}")
@@ -196,4 +196,5 @@ def _verdicts(axes, claims) -> None:
     style = {"va": "center", "transform": axes.transAxes, "fontsize": 9}
     ink = INK[claim["verdict"]]
     axes.text(0.0, height, claim["verdict"], color=ink, fontweight="bold", **style)
-    axes.text(0.08, height, f"{claim['name']}\n{claim['statement']}: {found(claim)}", **style)
+    words = f"{claim['name']}\n{claim['statement']}\n{found(claim)}"
+    axes.text(0.09, height, words, **style)
