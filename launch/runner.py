@@ -193,8 +193,9 @@ def _check_stages(module: ModuleType, config: Any, mesh: Mesh, label: str) -> No
 
 def _check_workdir(directory: pathlib.Path, record: dict[str, Any]) -> None:
   path = directory / "config.json"
-  if not path.exists():
-    return
+  begun = any((directory / name).exists() for name in ("checkpoints", "result.json"))
+  if not path.exists() or not begun:
+    return  # nothing that another run could spoil
   found = configs.differences(record, json.loads(path.read_text()))
   if found:
     raise ConfigurationError(

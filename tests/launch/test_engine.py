@@ -281,6 +281,18 @@ def test_a_workdir_of_another_configuration_is_refused(finished, toy, one_device
     run(toy, workdir=workdir, arm="adam", mesh=one_device, seeds=1)
 
 
+def test_a_run_that_never_began_is_in_nobodys_way(toy, one_device, tmp_path, monkeypatch):
+  def missing(*_):
+    raise FileNotFoundError("no such data")
+
+  with monkeypatch.context() as patch, pytest.raises(FileNotFoundError):
+    patch.setattr(toy, "Source", missing)
+    run(toy, arm="adam", workdir=tmp_path, mesh=one_device)
+  overrides = {"width": 8, "steps": 5}
+  results = run(toy, arm="adam", workdir=tmp_path, mesh=one_device, overrides=overrides)
+  assert results["arms"]["learning/adam"]["steps"] == 5
+
+
 def test_overrides_lie_between_study_and_arm(toy):
   study = toy.STUDIES[0]
   config = runner.compose(toy, "laptop", study, "slow", {"optimizer.lr": 0.5, "width": 8})
