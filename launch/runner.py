@@ -20,8 +20,8 @@ import rich.console
 from jax.sharding import Mesh
 
 from launch import config as configs
+from launch import inputs, report
 from launch import mesh as meshes
-from launch import report
 from launch.errors import ConfigurationError, nearest
 from launch.lab import Lab, slug
 from launch.loop import Interruption
@@ -105,7 +105,7 @@ def run(
       record |= {"seeds": list(chosen), "config": configs.plain(config)}
       directory = root / slug(s.name) / slug(a)
       _check_workdir(directory, record)
-      if s.run is None:
+      if s.run is None and not (directory / "result.json").exists():
         _check_stages(module, config, mesh, f"{s.name}/{a}")
       plan.append((s, config, directory, record))
   progress, interruption = Progress(console), Interruption()
@@ -181,10 +181,14 @@ def run_stages(module: ModuleType, config: ml_collections.ConfigDict, lab: Lab) 
 
 
 def _check_stages(module: ModuleType, config: Any, mesh: Mesh, label: str) -> None:
-  """Builds every stage and its shapes: what a model or objective refuses is refused here."""
+  """Builds every stage, its shapes and its data: what cannot work is refused before compiling."""
   try:
-    for task in module.stages(config).values():
+    for stage, task in module.stages(config).items():
       _ = Program(task, mesh, (0,)).abstract_state
+      inputs.check(task.data(), task.example, f"{label} {stage}")
+      for name, evaluation in task.evaluate.items():
+        example = evaluation.example or task.example
+        inputs.check(evaluation.data(), example, f"{label} {stage} {name}")
   except ConfigurationError:
     raise
   except ValueError as error:

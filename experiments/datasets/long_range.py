@@ -7,6 +7,7 @@ read in raster order with values from 0 to 1.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -95,8 +96,11 @@ def describe(name: str, repeat: int = 1) -> Sequences:
   return dataclasses.replace(SETS[name], length=SETS[name].length * repeat)
 
 
+@functools.lru_cache(maxsize=16)
 def load(name: str, split: str, repeat: int = 1):
   """A split as sequences: a source whose examples have the shapes of `describe(...).example`.
+
+  The arms of a comparison share what it returns.
 
   Args:
     name: one of SETS.
