@@ -34,6 +34,10 @@ ROUNDS = flags.DEFINE_integer(
 )
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 BATCH, FEATURES = 32, 64
+STEPS = (  # name, width and repeats of the work, steps of a run, steps a dispatch
+  ("10 ms, 1 a dispatch", 128, 760, 400, 1),
+  ("0.5 ms, 50 a dispatch", 128, 36, 4000, 50),
+)
 
 
 class Random:
@@ -143,10 +147,7 @@ def overhead() -> list[dict[str, Any]]:
   """The loop against the bare step, for a step of about 10 ms and one of about 0.5 ms."""
   rows = []
   mesh = meshes.make({}, jax.devices()[:1])
-  for name, width, repeats, steps, updates in (
-    ("10 ms, 1 a dispatch", 128, 760, 400, 1),
-    ("0.5 ms, 50 a dispatch", 128, 36, 4000, 50),
-  ):
+  for name, width, repeats, steps, updates in STEPS:
     program = Program(work(width, repeats, steps, updates), mesh, (0,))
     bare = functools.partial(bare_seconds, program, updates, steps // updates)
     one_by_one = functools.partial(bare_seconds, program, 1, min(steps, 1000))
@@ -169,10 +170,7 @@ def reading() -> list[dict[str, Any]]:
   """Examples a second from the input pipeline, and what a training step of the same task takes."""
   rows = []
   mesh = meshes.make({}, jax.devices()[:1])
-  for name, width, repeats, steps, updates in (
-    ("10 ms, 1 a dispatch", 128, 760, 200, 1),
-    ("0.5 ms, 50 a dispatch", 128, 36, 4000, 50),
-  ):
+  for name, width, repeats, steps, updates in STEPS:
     task = work(width, repeats, steps, updates)
     program = Program(task, mesh, (0,))
     calls = tuple(loop.stops(task))

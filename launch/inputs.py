@@ -9,7 +9,7 @@ processes with no example skipped or repeated. Threads and read-ahead are Grain'
 import bisect
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from launch.errors import ConfigurationError, nearest
-from launch.task import Source
+from launch.task import Source, Task
 
 Arrays = dict[str, np.ndarray]
 
@@ -51,6 +51,16 @@ def check(source: Source, example: Mapping[str, jax.ShapeDtypeStruct], where: st
       )
 
 
+def load(task: Task, label: str) -> tuple[Source, dict[str, Source]]:
+  """All data of a task, held against what it declares: for training, and for each evaluation."""
+  train = task.data()
+  check(train, task.example, label)
+  measured = {name: evaluation.data() for name, evaluation in task.evaluate.items()}
+  for name, source in measured.items():
+    check(source, task.evaluate[name].example or task.example, f"{label} {name}")
+  return train, measured
+
+
 @dataclasses.dataclass(frozen=True)
 class Batches:
   """Random access to training batches, those of one compiled call at a time.
@@ -72,12 +82,11 @@ class Batches:
   seeds: tuple[int, ...]
   rows: range
   stops: Sequence[int]
-  _order: Any = dataclasses.field(init=False, repr=False)
 
-  def __post_init__(self) -> None:
+  @functools.cached_property
+  def _order(self) -> Callable[[int, int], np.ndarray]:
     # Two epochs a seed: a batch may straddle the border.
-    cached = functools.lru_cache(maxsize=2 * len(self.seeds))(self._shuffled)
-    object.__setattr__(self, "_order", cached)
+    return functools.lru_cache(maxsize=2 * len(self.seeds))(self._shuffled)
 
   def __len__(self) -> int:
     return len(self.stops)

@@ -85,8 +85,8 @@ class Lab:
     """
     program = Program(task, self.mesh, self.seeds)
     rest = {k: v for k, v in variables.items() if k != "params"}
-    means = loop.Measurement(program, evaluation)(variables["params"], rest)
-    return {f"{name}/{k}": v.tolist() for k, v in means.items()}
+    measurement = loop.Measurement(program, name, evaluation, evaluation.data())
+    return measurement(variables["params"], rest)
 
   def plot(self, name: str, draw: Callable[[Any], None], width: float = 6, height: float = 4):
     """Saves `NAME.png` in the arm's directory; `draw(figure)` fills a matplotlib figure."""

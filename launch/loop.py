@@ -22,7 +22,7 @@ from launch.checkpoints import Checkpoints
 from launch.errors import TrainingError
 from launch.program import Program
 from launch.progress import Progress
-from launch.task import Evaluation, Task
+from launch.task import Evaluation, Source, Task
 
 RECORDS = 100  # training metrics are written about this often in a stage
 READ_S = 0.3  # and brought to the host about this often, in seconds
@@ -125,9 +125,8 @@ def fit(
   done = directory / "done.json"
   if done.exists():
     return _finished(program, directory)
-  source = task.data()
-  inputs.check(source, task.example, label)
-  measured = _evaluations(program, label)
+  source, sources = inputs.load(task, label)
+  measured = [Measurement(program, name, task.evaluate[name], s) for name, s in sources.items()]
   run = _Run(program, directory, label, writer, source, measured)
   run.begin(variables)
   writer.begin(stage, run.step)
@@ -243,9 +242,8 @@ class _Run:
 
   def evaluate(self) -> None:
     values: dict[str, list[float]] = {}
-    for name, measurement in self.measured.items():
-      means = measurement(self.state.params, self.state.variables)
-      values |= {f"{name}/{k}": v.tolist() for k, v in means.items()}
+    for measurement in self.measured:
+      values |= measurement(self.state.params, self.state.variables)
     if values:
       self.history.append({"step": self.step, "values": values})
       self.writer.write(self.step, values)
@@ -274,26 +272,16 @@ def _all_finite(tree: Any) -> jax.Array:
   return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def _evaluations(program: Program, label: str) -> dict[str, "Measurement"]:
-  """Loads the data and builds the program of every evaluation."""
-  measured = {}
-  for name, evaluation in program.task.evaluate.items():
-    measured[name] = Measurement(program, evaluation)
-    inputs.check(measured[name].source, measured[name].example, f"{label} {name}")
-  return measured
-
-
 class Measurement:
   """An evaluation with its data at hand: exact means over the whole source."""
 
-  def __init__(self, program: Program, evaluation: Evaluation) -> None:
-    self.program = program
-    self.source = evaluation.data()
+  def __init__(self, program: Program, name: str, evaluation: Evaluation, source: Source) -> None:
+    self.program, self.name, self.source = program, name, source
     self.example = evaluation.example or program.task.example
     self.compiled = program.evaluation(evaluation.loss or program.task.loss)
 
-  def __call__(self, params: Any, variables: Any) -> dict[str, np.ndarray]:
-    """Totals over counts, {name: (S,)}."""
+  def __call__(self, params: Any, variables: Any) -> dict[str, list[float]]:
+    """Totals over counts, `{name/metric: [a value a seed]}`."""
     size, shardings = self.program.task.batch_size, self.program.evaluation_shardings
     rows = inputs.local_rows(shardings["mask"], size, 0)
     sums: dict[str, Any] = {}
@@ -302,7 +290,8 @@ class Measurement:
         placed = inputs.to_devices(batch, shardings, 0, size)
         values = dict(self.compiled(params, variables, placed))
         sums = jax.tree.map(jnp.add, sums, values) if sums else values
-    return {k: np.asarray(t) / np.maximum(np.asarray(n), 1e-30) for k, (t, n) in sums.items()}
+    means = {k: np.asarray(t) / np.maximum(np.asarray(n), 1e-30) for k, (t, n) in sums.items()}
+    return {f"{self.name}/{k}": v.tolist() for k, v in means.items()}
 
 
 def selected(history: list[dict[str, Any]], select: str | None) -> dict[str, list[float]]:

@@ -1,5 +1,6 @@
 """Runs an experiment: its studies, their arms, their claims; from a script or a notebook."""
 
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -185,10 +186,7 @@ def _check_stages(module: ModuleType, config: Any, mesh: Mesh, label: str) -> No
   try:
     for stage, task in module.stages(config).items():
       _ = Program(task, mesh, (0,)).abstract_state
-      inputs.check(task.data(), task.example, f"{label} {stage}")
-      for name, evaluation in task.evaluate.items():
-        example = evaluation.example or task.example
-        inputs.check(evaluation.data(), example, f"{label} {stage} {name}")
+      inputs.load(task, f"{label} {stage}")
   except ConfigurationError:
     raise
   except ValueError as error:
@@ -273,6 +271,7 @@ def assemble(module: ModuleType, scale: str, root: pathlib.Path) -> dict[str, An
   }
 
 
+@functools.cache
 def _commit() -> str:
   """The commit that ran, `+` when the tree had changes; `unknown` outside a repository."""
   here = pathlib.Path(__file__).parent

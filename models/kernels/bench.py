@@ -188,6 +188,7 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
 
 
 def main(argv: Sequence[str]) -> None:
+  """Measures, prints the table, and writes the rows where `--json` says."""
   del argv
   found = list(rows([int(n) for n in _LENGTHS.value], _REPEATS.value))
   if _SCANS.value:
