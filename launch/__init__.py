@@ -7,7 +7,7 @@ from launch.main import main
 from launch.report import table
 from launch.runner import run
 from launch.study import Claim, Study, judge
-from launch.task import Evaluation, State, Task, supervised
+from launch.task import Evaluation, State, Task, independent, supervised
 
 __all__ = [
   "Claim",
@@ -19,6 +19,7 @@ __all__ = [
   "Study",
   "Task",
   "TrainingError",
+  "independent",
   "judge",
   "main",
   "run",

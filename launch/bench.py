@@ -125,7 +125,9 @@ def loop_seconds(program: Program) -> float:
 def bare_seconds(program: Program, updates: int, calls: int) -> float:
   """Seconds a step of the compiled program alone, on one batch that is on the device."""
   task, rows = program.task, range(BATCH)
-  batches = inputs.Batches(task.data(), task.example, BATCH, program.seeds, rows, (updates,))
+  batches = inputs.Batches(
+    inputs.load(task, "bench")[0], task.example, BATCH, program.seeds, rows, (updates,)
+  )
   with program.context():
     placed = jax.device_put(batches[0], program.batch_shardings)  # once: only the step is timed
     state, _ = program.update(program.initial_state(), placed)
@@ -174,7 +176,8 @@ def reading() -> list[dict[str, Any]]:
     task = work(width, repeats, steps, updates)
     program = Program(task, mesh, (0,))
     calls = tuple(loop.stops(task))
-    batches = inputs.Batches(task.data(), task.example, BATCH, (0,), range(BATCH), calls)
+    source, _ = inputs.load(task, name)
+    batches = inputs.Batches(source, task.example, BATCH, (0,), range(BATCH), calls)
 
     def read(batches=batches) -> float:
       iterator = inputs.iterate(batches, 0)

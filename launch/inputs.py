@@ -53,8 +53,12 @@ def check(source: Source, example: Mapping[str, jax.ShapeDtypeStruct], where: st
 
 def load(task: Task, label: str) -> tuple[Source, dict[str, Source]]:
   """All data of a task, held against what it declares: for training, and for each evaluation."""
-  train = task.data()
-  check(train, task.example, label)
+  train: Source = ()  # type: ignore[assignment]
+  if task.steps:
+    if task.data is None:
+      raise ConfigurationError(f"{label}: steps = {task.steps} and no training data")
+    train = task.data()
+    check(train, task.example, label)
   measured = {name: evaluation.data() for name, evaluation in task.evaluate.items()}
   for name, source in measured.items():
     check(source, task.evaluate[name].example or task.example, f"{label} {name}")

@@ -190,6 +190,9 @@ class _Run:
     pending: collections.deque[tuple[int, Any]] = collections.deque()
     _, evaluate_every, checkpoint_every = _rhythm(task)
     read_at = None
+    if not task.steps and not self.history:
+      self.evaluate()
+      self.save()
     for stop in self.batches.stops[bisect.bisect_right(self.batches.stops, self.step) :]:
       placed = inputs.to_devices(next(batches), shardings, 2, task.batch_size)
       self.state, measured = self.program.update(self.state, placed)
@@ -286,9 +289,10 @@ class Measurement:
     rows = inputs.local_rows(shardings["mask"], size, 0)
     sums: dict[str, Any] = {}
     with self.program.context():
-      for batch in inputs.evaluation_batches(self.source, self.example, size, rows):
+      batches = inputs.evaluation_batches(self.source, self.example, size, rows)
+      for index, batch in enumerate(batches):
         placed = inputs.to_devices(batch, shardings, 0, size)
-        values = dict(self.compiled(params, variables, placed))
+        values = dict(self.compiled(params, variables, placed, np.int32(index)))
         sums = jax.tree.map(jnp.add, sums, values) if sums else values
     means = {k: np.asarray(t) / np.maximum(np.asarray(n), 1e-30) for k, (t, n) in sums.items()}
     return {f"{self.name}/{k}": v.tolist() for k, v in means.items()}

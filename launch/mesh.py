@@ -33,6 +33,9 @@ RULES: Rules = (
   ("seed", None),
 )
 
+# For several models that share nothing (`launch.independent`): the data axis holds the models.
+MODEL_RULES: Rules = (("models", "data"), ("batch", "fsdp"), *RULES)
+
 
 def parse(text: str) -> dict[str, int]:
   """Reads `data=4,fsdp=2` into sizes; the empty string means every device on `data`."""

@@ -123,6 +123,9 @@ class Program:
   def initial_state(self, variables: Any = None) -> State:
     """A fresh state: initialised, or starting from `variables` (leading seed axis)."""
 
+    if variables is not None:
+      self._check_variables(variables)
+
     def new(keys, variables):
       if variables is None:
         variables = meshes.unboxed(self._variables(keys))
@@ -130,6 +133,24 @@ class Program:
 
     with self.context():
       return jax.jit(new, out_shardings=self.state_shardings)(self._raw_keys(), variables)
+
+  def _check_variables(self, variables: Any) -> None:
+    """What a stage starts from must be what its model has."""
+    state = self.abstract_state
+    wanted, given = (
+      {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+      for flat in (
+        jax.tree_util.tree_leaves_with_path(tree)
+        for tree in ({"params": state.params, **state.variables}, dict(variables))
+      )
+    )
+    for name in [*wanted, *given]:
+      here, there = (
+        f"{x.dtype}{list(x.shape)}" if (x := tree.get(name)) is not None else "nothing"
+        for tree in (wanted, given)
+      )
+      if here != there:
+        raise ConfigurationError(f"start from {name}: {there} is given; the stage has {here}")
 
   def context(self):
     return meshes.use(self.mesh, self.task.rules)
@@ -171,18 +192,24 @@ class Program:
     with self.context():
       return self.update.lower(self.abstract_state, self.abstract_batches(updates)).compile()
 
-  def evaluation(self, loss: Loss) -> Callable[[Any, Any, Any], Any]:
-    """`(params, variables, batch) -> {name: (total, count)}`, arrays (S,)."""
+  def evaluation(self, loss: Loss) -> Callable[[Any, Any, Any, Any], Any]:
+    """`(params, variables, batch, index) -> {name: (total, count)}`, arrays (S,).
 
-    def seed_metrics(params, variables, batch):
-      return loss(params, variables, batch, jax.random.key(0), train=False)[1][0]
+    What a loss draws depends on the batch's index alone: the same for all seeds and at every
+    evaluation, so that two of them differ by what was learnt.
+    """
+
+    def seed_metrics(params, variables, batch, index):
+      key = jax.random.fold_in(jax.random.key(0), index)
+      return loss(params, variables, batch, key, train=False)[1][0]
 
     return jax.jit(
-      jax.vmap(seed_metrics, in_axes=(0, 0, None)),
+      jax.vmap(seed_metrics, in_axes=(0, 0, None, None)),
       in_shardings=(
         self.state_shardings.params,
         self.state_shardings.variables,
         self.evaluation_shardings,
+        self._whole,
       ),
       out_shardings=self._whole,
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -65,9 +66,9 @@ class Task:
     optimizer: an optax transformation over `params`.
     example: shapes and dtypes of one example, without a batch axis: enough to initialise, plan and
       compile the stage with no data at hand.
-    data: called once when training starts; returns the training examples.
+    data: called once when training starts; returns the training examples. None without steps.
     batch_size: examples an update, over all devices.
-    steps: updates.
+    steps: updates; 0 for a stage that only measures what it starts from.
     evaluate: name -> what is measured, at the end and every `evaluate_every` updates.
     evaluate_every: 0 for the end only.
     select: a metric such as `validation/accuracy`: every result is then read at the evaluation
@@ -86,9 +87,9 @@ class Task:
   loss: Loss
   optimizer: optax.GradientTransformation
   example: Mapping[str, jax.ShapeDtypeStruct]
-  data: Callable[[], Source]
   batch_size: int
   steps: int
+  data: Callable[[], Source] | None = None
   evaluate: Mapping[str, Evaluation] = dataclasses.field(default_factory=dict)
   evaluate_every: int = 0
   select: str | None = None
@@ -138,6 +139,40 @@ def supervised(
     return value, (metrics, updated if train and variables else variables)
 
   return init, loss
+
+
+def independent(
+  init: Callable[[jax.Array], Variables], loss: Loss, models: int
+) -> tuple[Callable[[jax.Array], Variables], Loss]:
+  """`init` and `loss` of several models trained side by side that share nothing.
+
+  Every variable gets a leading axis with the logical name "models"; under `mesh.MODEL_RULES` each
+  device holds and trains its own models, and no gradient is exchanged. Batch fields have the
+  models' axis second, (B, models, ...), so that each model may have data of its own.
+
+  The loss is the sum over models, its metrics those of all models together.
+  """
+
+  def add_axis(x: Any) -> nn.LogicallyPartitioned:
+    boxed = isinstance(x, nn.Partitioned)
+    value, names = (x.value, x.names) if boxed else (x, (None,) * (x.ndim - 1))
+    return nn.LogicallyPartitioned(value, ("models", *names))
+
+  def init_all(key: jax.Array) -> Variables:
+    stacked = jax.vmap(init)(jax.random.split(key, models))
+    return jax.tree.map(add_axis, stacked, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+  def loss_all(params, variables, batch, key, *, train, **options):
+    def one(params, variables, fields, key):
+      whole = {**fields, "mask": batch["mask"]}
+      return loss(params, variables, whole, key, train=train, **options)
+
+    fields = {name: value for name, value in batch.items() if name != "mask"}
+    keys = jax.random.split(key, models)
+    values, (metrics, variables) = jax.vmap(one, (0, 0, 1, 0))(params, variables, fields, keys)
+    return values.sum(), (jax.tree.map(jnp.sum, metrics), variables)
+
+  return init_all, loss_all
 
 
 def gradient_step(task: Task) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
