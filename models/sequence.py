@@ -1,8 +1,8 @@
-"""Residual stacks of sequence mixers: block, encoder, and the heads for whole sequences and frames.
+"""Residual stacks of sequence mixers: block, encoder; heads for sequences, positions and frames.
 
 The network of S5 (arXiv:2208.04933 and its released code, layers.py and seq_model.py), which serves
 any mixer: a module called `mixer(u_BLH, *, dt=None, step_rescale=1.0) -> y_BLH`, such
-as `ssm.S5`, `ssm.S4D` and `recurrent.GRU`. For example
+as `ssm.S5`, `ssm.S4D`, `long_conv.SGConv` and `recurrent.GRU`. For example
 
     block = functools.partial(Block, mixer=functools.partial(ssm.S5, state=16, blocks=8))
     model = Classifier(Encoder(block, features=128, layers=8, vocab=20), classes=10)
@@ -19,6 +19,7 @@ Parameters and statistics are float32; `dtype` is that of activations. Under an 
 seeds, statistics are of one seed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,8 @@ import jax
 import jax.numpy as jnp
 
 ACTIVATIONS = ("half_glu1", "half_glu2", "full_glu", "gelu")
-NORMS = ("batch", "layer")
+NORMS = ("batch", "layer", "scalar")
+INITS = ("lecun", "uniform")
 POOLINGS = ("mean", "last")
 GAPS = ("ssm", "append", "ignore")
 
@@ -35,16 +37,91 @@ ACTIVATION_AXES = ("batch", "length", None)
 
 
 def dense(
-  features: int, axes: tuple[str | None, str | None], *, name: str, dtype: Any = None
+  features: int,
+  axes: tuple[str | None, str | None],
+  *,
+  name: str,
+  dtype: Any = None,
+  fan_in: int | None = None,
 ) -> nn.Dense:
-  """A Dense layer, LeCun-normal with zero bias, whose kernel has the logical `axes`."""
+  """A Dense layer whose kernel has the logical `axes`.
+
+  LeCun-normal with zero bias; given `fan_in`, kernel and bias are uniform on +-1 / sqrt(fan_in),
+  the default of PyTorch's Linear.
+  """
+  kernel_init, bias_init = nn.initializers.lecun_normal(), nn.initializers.zeros
+  if fan_in is not None:
+    kernel_init = bias_init = _uniform(fan_in**-0.5)
   return nn.Dense(
     features,
     dtype=dtype,
-    kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
-    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+    kernel_init=nn.with_logical_partitioning(kernel_init, axes),
+    bias_init=nn.with_logical_partitioning(bias_init, axes[1:]),
     name=name,
   )
+
+
+def _uniform(bound: float) -> nn.initializers.Initializer:
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class ScalarNorm(nn.Module):
+  """scale / std (x - mean + shift), statistics over channels, one learned scale and shift in all.
+
+  The channel norm of S4's and SGConv's image models. Statistics are float32.
+  """
+
+  epsilon: float = 1e-5
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BLH: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ()), ())
+    shift = self.param("shift", nn.with_logical_partitioning(nn.initializers.zeros, ()), ())
+    x_BLH = x_BLH.astype(jnp.float32)
+    centred_BLH = x_BLH - x_BLH.mean(axis=-1, keepdims=True)
+    variance_BL1 = jnp.square(centred_BLH).mean(axis=-1, keepdims=True)
+    y_BLH = scale * jax.lax.rsqrt(variance_BL1 + self.epsilon) * (centred_BLH + shift)
+    return y_BLH.astype(self.dtype)
+
+
+def normalise(
+  x_BLH: jax.Array,
+  mask_BL: jax.Array | None,
+  train: bool,
+  *,
+  kind: str = "batch",
+  momentum: float = 0.95,
+  dtype: Any = jnp.float32,
+  name: str = "norm",
+) -> jax.Array:
+  """A norm within the calling module, under `name`.
+
+  Args:
+    x_BLH: what is normalised.
+    mask_BL: False where a position takes no part in the statistics of a batch.
+    train: normalise by the statistics of the batch, not the running ones.
+    kind: "batch" (over batch and time, for each feature), "layer" (over features), "scalar" (over
+      features, with a single scale and shift).
+    momentum: of the running statistics.
+
+  Raises: ValueError for another `kind`.
+  """
+  if kind == "scalar":
+    return ScalarNorm(dtype=dtype, name=name)(x_BLH)
+  fields = {
+    "epsilon": 1e-5,
+    "dtype": dtype,
+    "scale_init": nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+    "bias_init": nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+    "name": name,
+  }
+  if kind == "layer":
+    return nn.LayerNorm(**fields)(x_BLH)
+  if kind != "batch":
+    raise ValueError(f"norm={kind!r}; accepted: {', '.join(NORMS)}")
+  norm = nn.BatchNorm(momentum=momentum, use_running_average=not train, **fields)
+  return norm(x_BLH, mask=None if mask_BL is None else mask_BL[..., None])
 
 
 def length_mask(lengths_B: jax.Array, length: int) -> jax.Array:
@@ -89,10 +166,12 @@ class Block(nn.Module):
       "half_glu2": dropout(y * sigmoid(W g + b)), the multiplicand being the raw y;
       "full_glu": dropout((V g + c) * sigmoid(W g + b)), the position-wise GLU of S4 and S4D;
       "gelu": g.
-    norm: "batch" (over batch and time, for each feature) or "layer".
+    norm: "batch", "layer" or "scalar", see `normalise`.
     prenorm: norm before the mixer; otherwise after the sum.
     momentum: of BatchNorm's running statistics; the released code's default is 0.95.
-    dropout: rate; one mask a sequence, shared over time.
+    dropout: rate.
+    tied_dropout: one mask a sequence, shared over time; otherwise one a position.
+    linear_init: of the gate's and the value's layers, "lecun" or "uniform", see `dense`.
     dtype: of the activations.
   """
 
@@ -102,6 +181,8 @@ class Block(nn.Module):
   prenorm: bool = True
   momentum: float = 0.95
   dropout: float = 0.0
+  tied_dropout: bool = True
+  linear_init: str = "lecun"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -130,34 +211,28 @@ class Block(nn.Module):
     return x_BLH if self.prenorm else self._normalise(x_BLH, mask, train)
 
   def _normalise(self, x_BLH: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-    fields = {
-      "epsilon": 1e-5,
-      "dtype": self.dtype,
-      "scale_init": nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
-      "bias_init": nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
-      "name": "norm",
-    }
-    if self.norm == "layer":
-      return nn.LayerNorm(**fields)(x_BLH)
-    if self.norm != "batch":
-      raise ValueError(f"norm={self.norm!r}; accepted: {', '.join(NORMS)}")
-    norm = nn.BatchNorm(momentum=self.momentum, use_running_average=not train, **fields)
-    return norm(x_BLH, mask=None if mask is None else mask[..., None])
+    fields = {"kind": self.norm, "momentum": self.momentum, "dtype": self.dtype}
+    return normalise(x_BLH, mask, train, **fields)
 
   def _activate(self, y_BLH: jax.Array, train: bool) -> jax.Array:
     if self.activation not in ACTIVATIONS:
       raise ValueError(f"activation={self.activation!r}; accepted: {', '.join(ACTIVATIONS)}")
-    drop = nn.Dropout(self.dropout, broadcast_dims=(1,), deterministic=not train)
+    if self.linear_init not in INITS:
+      raise ValueError(f"linear_init={self.linear_init!r}; accepted: {', '.join(INITS)}")
+    shared = (1,) if self.tied_dropout else ()
+    drop = nn.Dropout(self.dropout, broadcast_dims=shared, deterministic=not train)
     g_BLH = drop(nn.gelu(y_BLH, approximate=True))
     if self.activation == "gelu":
       return g_BLH
-    axes = ("embed", "mlp")
-    gate_BLH = nn.sigmoid(dense(y_BLH.shape[-1], axes, name="gate", dtype=self.dtype)(g_BLH))
+    width = y_BLH.shape[-1]
+    fan_in = width if self.linear_init == "uniform" else None
+    linear = functools.partial(dense, width, ("embed", "mlp"), dtype=self.dtype, fan_in=fan_in)
+    gate_BLH = nn.sigmoid(linear(name="gate")(g_BLH))
     if self.activation == "half_glu1":
       return drop(g_BLH * gate_BLH)
     if self.activation == "half_glu2":
       return drop(y_BLH * gate_BLH)
-    return drop(dense(y_BLH.shape[-1], axes, name="value", dtype=self.dtype)(g_BLH) * gate_BLH)
+    return drop(linear(name="value")(g_BLH) * gate_BLH)
 
 
 class Tokens(nn.Module):
@@ -189,13 +264,15 @@ class Tokens(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Linear layer to the residual width, then `layers` blocks; no norm after them.
+  """Linear layer to the residual width, then `layers` blocks, then a norm if one is named.
 
   Attributes:
     block: makes a block, `block(dtype=..., name=...)`: a `functools.partial` of `Block`.
     features: H, width of the residual stream.
     layers: number of blocks.
     vocab: number of token symbols, for int inputs.
+    final_norm: after the blocks, see `normalise`; None for none, as in S5.
+    momentum: of that norm's running statistics.
     remat: recomputes each block in the backward pass and keeps only its input.
     dtype: of the activations, here and in the blocks.
   """
@@ -204,6 +281,8 @@ class Encoder(nn.Module):
   features: int
   layers: int
   vocab: int | None = None
+  final_norm: str | None = None
+  momentum: float = 0.95
   remat: bool = False
   dtype: Any = jnp.float32
 
@@ -254,7 +333,25 @@ class Encoder(nn.Module):
     for i in range(self.layers):
       x_BLH = apply(self.block(dtype=self.dtype, name=f"layer_{i}"), x_BLH)
       x_BLH = nn.with_logical_constraint(x_BLH, ACTIVATION_AXES)
-    return x_BLH
+    if self.final_norm is None:
+      return x_BLH
+    fields = {"kind": self.final_norm, "momentum": self.momentum, "dtype": self.dtype}
+    return normalise(x_BLH, mask, train, **fields)
+
+
+class LanguageModel(nn.Module):
+  """The next token at every position: encoder (causal, over tokens) and linear decoder."""
+
+  encoder: nn.Module
+  vocab: int
+
+  @nn.compact
+  def __call__(
+    self, inputs: jax.Array, *, lengths: jax.Array | None = None, train: bool = False
+  ) -> jax.Array:
+    """Logits (B, L, vocab), float32, of int tokens (B, L); arguments as for `Encoder`."""
+    x_BLH = self.encoder(inputs, lengths=lengths, train=train)
+    return dense(self.vocab, ("embed", "vocab"), name="decoder")(x_BLH).astype(jnp.float32)
 
 
 class Classifier(nn.Module):

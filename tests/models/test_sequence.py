@@ -461,3 +461,66 @@ def test_variance_is_positive_and_smooth():
     jax.vmap(jax.grad(sequence.positive))(v), [np.exp(-80.0), np.exp(-1.0), 1, 1], rtol=1e-6
   )
   assert np.isfinite(jax.grad(sequence.positive)(1e5))
+
+
+def test_uniform_linear_layers_are_those_of_pytorch():
+  model = block(activation="full_glu", linear_init="uniform")
+  variables = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 2, 100))))
+  for name in ("gate", "value"):
+    for leaf in variables["params"][name].values():
+      assert 0.09 < jnp.abs(leaf).max() < 0.1  # 1 / sqrt(100)
+      assert abs(float(leaf.mean())) < 0.03
+  with pytest.raises(ValueError, match="linear_init='uniforn'; accepted: lecun, uniform"):
+    block(activation="full_glu", linear_init="uniforn").init(
+      jax.random.key(0), jnp.zeros((1, 2, 4))
+    )
+
+
+def test_dropout_that_is_not_tied_differs_along_time():
+  x = jnp.repeat(inputs((B, 1, H)), L, axis=1)
+  for tied, same in ((True, True), (False, False)):
+    model = block(activation="gelu", dropout=0.5, tied_dropout=tied)
+    variables = model.init(jax.random.key(0), x)
+    y, _ = model.apply(
+      variables,
+      x,
+      train=True,
+      rngs={"dropout": jax.random.key(1)},
+      mutable=["batch_stats"],
+    )
+    assert bool((y == y[:, :1]).all()) == same
+
+
+def test_scalar_norm_is_over_channels_with_one_scale_and_shift():
+  x = inputs()
+  variables = {"params": {"scale": jnp.float32(1.5), "shift": jnp.float32(-0.25)}}
+  y = sequence.ScalarNorm().apply(variables, x)
+  x = np.asarray(x, np.float64)
+  mean, std = x.mean(-1, keepdims=True), np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+  np.testing.assert_allclose(y, 1.5 / std * (x - mean - 0.25), rtol=1e-4, atol=1e-5)
+
+
+def test_the_final_norm_follows_the_blocks():
+  x = inputs((B, L, 3))
+  plain = sequence.Encoder(functools.partial(sequence.Block, mixer=S5), features=H, layers=1)
+  variables = plain.init(jax.random.key(0), x)
+  before = plain.apply(variables, x)
+  normed = plain.clone(final_norm="layer")
+  both = normed.init(jax.random.key(0), x)
+  after = normed.apply(both, x)
+  np.testing.assert_allclose(after, normalised(np.asarray(before)), rtol=1e-3, atol=1e-4)
+
+
+def test_a_language_model_predicts_from_what_came_before():
+  mixer = functools.partial(ssm.S4D, state=4)
+  encoder = sequence.Encoder(
+    functools.partial(sequence.Block, mixer=mixer, norm="layer"), features=H, layers=2, vocab=11
+  )
+  model = sequence.LanguageModel(encoder, 11)
+  tokens = jax.random.randint(jax.random.key(0), (B, L), 0, 11)
+  variables = model.init(jax.random.key(1), tokens)
+  logits = model.apply(variables, tokens)
+  assert (logits.shape, logits.dtype) == ((B, L, 11), jnp.float32)
+  changed = model.apply(variables, tokens.at[:, 5].add(1) % 11)
+  np.testing.assert_allclose(changed[:, :5], logits[:, :5], atol=1e-5)
+  assert float(jnp.abs(changed[:, 5:] - logits[:, 5:]).max()) > 1e-2
