@@ -1,6 +1,7 @@
 """The engine: experiments are written against these names and run by `main` or `run`."""
 
 from launch.errors import ConfigurationError, TrainingError
+from launch.finished import Finished, load
 from launch.lab import Lab
 from launch.loop import Fitted
 from launch.main import main
@@ -13,6 +14,7 @@ __all__ = [
   "Claim",
   "ConfigurationError",
   "Evaluation",
+  "Finished",
   "Fitted",
   "Lab",
   "State",
@@ -21,6 +23,7 @@ __all__ = [
   "TrainingError",
   "independent",
   "judge",
+  "load",
   "main",
   "run",
   "supervised",

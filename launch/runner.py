@@ -1,5 +1,6 @@
 """Runs an experiment: its studies, their arms, their claims; from a script or a notebook."""
 
+import datetime
 import functools
 import importlib
 import importlib.metadata
@@ -8,6 +9,7 @@ import os
 import pathlib
 import pkgutil
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -79,7 +81,7 @@ def run(
     workdir: where everything goes; default `runs/EXPERIMENT/SCALE`.
     mesh: `"data=4,fsdp=2"` or a mesh with the axes of `launch.mesh.AXES`.
     console: where to print; default: standard output.
-    command: what repeats this run, for the record.
+    command: what repeats this run, for the record; default: one with the same arguments.
 
   Returns: what `verdict.json` holds: arms with their metrics, claims with their verdicts.
 
@@ -94,6 +96,7 @@ def run(
     raise ConfigurationError(f"unknown scale {scale!r}{nearest(scale, module.SCALES)}")
   studies = _chosen(module, scale, study)
   arms = _arms(studies, arm)
+  asked = mesh if isinstance(mesh, str) else None
   if not isinstance(mesh, Mesh):
     mesh = meshes.make(meshes.parse(mesh or ""))
   root = pathlib.Path(workdir) if workdir is not None else pathlib.Path("runs") / name / scale
@@ -109,15 +112,26 @@ def run(
       if s.run is None and not (directory / "result.json").exists():
         _check_stages(module, config, mesh, f"{s.name}/{a}")
       plan.append((s, config, directory, record))
+  if command is None:
+    chosen_by = {"scale": scale if scale != "laptop" else None, "study": study, "arm": arm}
+    command = _command(name, chosen_by | {"seeds": seeds, "mesh": asked}, overrides or {})
   progress, interruption = Progress(console), Interruption()
+
+  def judged() -> dict[str, Any]:
+    """Everything known so far, in `verdict.json` too: an unfinished run can be reported on."""
+    verdict = assemble(module, scale, root) | {"command": command}
+    if jax.process_index() == 0:
+      root.mkdir(parents=True, exist_ok=True)
+      write_json(root / "verdict.json", verdict)
+    return verdict
+
+  verdict = judged()
   for s, config, directory, record in plan:
     label, chosen = f"{s.name}/{record['arm']}", tuple(record["seeds"])
     lab = Lab(mesh, directory, chosen, label, progress, interruption)
     _run_arm(module, s, config, record, lab)
-  verdict = assemble(module, scale, root)
-  verdict["command"] = command or f"python -m {PACKAGE}.{name}"
+    verdict = judged()
   if jax.process_index() == 0:
-    write_json(root / "verdict.json", verdict)
     for s in studies:
       report.plot_study(s, verdict, root / slug(s.name))
     report.show(console, studies, verdict, root)
@@ -265,6 +279,7 @@ def assemble(module: ModuleType, scale: str, root: pathlib.Path) -> dict[str, An
     | {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax", "numpy")},
     "wall_s": round(sum(a["wall_s"] for a in arms.values()), 1),
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "date": datetime.date.today().isoformat(),
     "command": "",
     "arms": arms,
     "claims": claims,
@@ -287,6 +302,17 @@ def _commit() -> str:
     return git("rev-parse", "--short=12", "HEAD") + ("+" if changes else "")
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
+
+
+def _command(name: str, arguments: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
+  """The command line of a call of `run`."""
+  words = [f"python -m {PACKAGE}.{name}"]
+  for flag, value in [*arguments.items(), *((f"config.{k}", v) for k, v in overrides.items())]:
+    if value is not None:
+      listed = isinstance(value, Sequence) and not isinstance(value, str)
+      text = ",".join(map(str, value)) if listed else str(value)
+      words.append(shlex.quote(f"--{flag}={text}"))
+  return " ".join(words)
 
 
 def command_line(name: str) -> str:

@@ -60,6 +60,7 @@ def test_the_record_of_a_run(finished):
     "versions",
     "wall_s",
     "device",
+    "date",
     "command",
     "arms",
     "claims",
@@ -291,6 +292,29 @@ def test_a_run_that_never_began_is_in_nobodys_way(toy, one_device, tmp_path, mon
   overrides = {"width": 8, "steps": 5}
   results = run(toy, arm="adam", workdir=tmp_path, mesh=one_device, overrides=overrides)
   assert results["arms"]["learning/adam"]["steps"] == 5
+
+
+def test_a_run_that_stops_leaves_what_is_known(toy, one_device, tmp_path, monkeypatch):
+  """With the command that goes on, written from the arguments."""
+  calls = iter([False, True])
+  run_arm = runner._run_arm
+
+  def stop_at_the_second(*arguments):
+    if next(calls):
+      raise KeyboardInterrupt
+    run_arm(*arguments)
+
+  monkeypatch.setattr(runner, "_run_arm", stop_at_the_second)
+  overrides = {"steps": 5, "optimizer.lr": 0.5}
+  with pytest.raises(KeyboardInterrupt):
+    run(toy, study="learning", workdir=tmp_path, mesh=one_device, overrides=overrides, seeds=[1, 4])
+  verdict = json.loads((tmp_path / "verdict.json").read_text())
+  assert list(verdict["arms"]) == ["learning/adam"]
+  assert [c["verdict"] for c in verdict["claims"]] == ["undecided"]
+  assert verdict["command"] == (
+    "python -m experiments.toy --study=learning --seeds=1,4 --config.steps=5"
+    " --config.optimizer.lr=0.5"
+  )
 
 
 def test_overrides_lie_between_study_and_arm(toy):
