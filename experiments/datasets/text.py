@@ -73,11 +73,15 @@ def _stdlib(pattern: str) -> Files:
 
 def _installed(distributions: Iterable[str], pattern: str) -> Files:
   """Files of installed distributions whose names match a regular expression."""
-  found = {}
+  found: Files = {}
   for distribution in distributions:
-    for file in importlib.metadata.files(distribution) or ():
-      if re.search(pattern, file.as_posix()):
-        found[file.as_posix()] = Path(str(file.locate()))
+    try:
+      files = importlib.metadata.files(distribution) or ()
+    except importlib.metadata.PackageNotFoundError:
+      raise FileNotFoundError(f"not installed; run: pip install {distribution}") from None
+    found |= {
+      f.as_posix(): Path(str(f.locate())) for f in files if re.search(pattern, f.as_posix())
+    }
   return _own(found)
 
 
@@ -209,12 +213,18 @@ DOMAINS = {
 
 @functools.cache
 def _fingerprint(domain: str) -> str:
-  """A hash of the names and contents of the domain's files."""
-  files = DOMAINS[domain].files
-  if isinstance(files, npm.Package):
-    return files.sha256[:12]
+  """A hash of the names and contents of the domain's files.
+
+  Raises:
+    FileNotFoundError: there are none.
+  """
+  source = DOMAINS[domain].files
+  if isinstance(source, npm.Package):
+    return source.sha256[:12]
+  if not (files := source()):
+    raise FileNotFoundError("this installation has none of its files")
   digest = hashlib.blake2b(digest_size=6)
-  for name, path in sorted(files().items()):
+  for name, path in sorted(files.items()):
     content = path.read_bytes()
     digest.update(f"{name}\0{len(content)}\0".encode() + content)
   return digest.hexdigest()
@@ -307,13 +317,12 @@ def config(domain: str) -> tfds.core.BuilderConfig:
   """
   if domain not in DOMAINS:
     raise ValueError(f"domain={domain!r}; accepted: {', '.join(DOMAINS)}")
-  made = DOMAINS[domain]
+  made, name = DOMAINS[domain], f"{domain}-{_fingerprint(domain)}"
   if isinstance(made.files, npm.Package):
     versions = [str(made.files)]
   else:
     versions = [f"Python {platform.python_version()}"]
-    versions += [f"{name} {importlib.metadata.version(name)}" for name in made.distributions()]
-  name = f"{domain}-{_fingerprint(domain)}"
+    versions += [f"{d} {importlib.metadata.version(d)}" for d in made.distributions()]
   return tfds.core.BuilderConfig(name=name, description=", ".join(versions))
 
 

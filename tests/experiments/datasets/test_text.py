@@ -231,6 +231,17 @@ def test_local_domains_have_files(domain):
   assert all(found for _, found in made.documents(name, files[name].read_bytes()))
 
 
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
+  for files, match in (
+    (lambda: text._installed(["not-there"], ""), "text/c: not installed; run: pip install not-th"),
+    (dict, "text/c: this installation has none of its files"),
+  ):
+    monkeypatch.setitem(text.DOMAINS, "c", text.Domain(files, text._whole))
+    text._fingerprint.cache_clear()
+    with pytest.raises(sources.DatasetNotFound, match=match):
+      sources.load("text/c", "train", data_dir=tmp_path)
+
+
 def test_windows_are_the_documents_end_to_end(data_dir, reference):
   windows = text.windows("reference", "test", 100, data_dir=data_dir)
   byte = tokenization.bytes_tokenizer()
