@@ -28,6 +28,7 @@ RULES: Rules = (
   ("state", "tensor"),
   ("mlp", "tensor"),
   ("heads", "tensor"),
+  ("kv_heads", "tensor"),
   ("embed", "fsdp"),
   ("layers", None),
   ("seed", None),

@@ -27,6 +27,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from models.attention import dense
+
 ACTIVATIONS = ("half_glu1", "half_glu2", "full_glu", "gelu")
 NORMS = ("batch", "layer", "scalar")
 INITS = ("lecun", "uniform")
@@ -36,32 +38,9 @@ GAPS = ("ssm", "append", "ignore")
 ACTIVATION_AXES = ("batch", "length", None)
 
 
-def dense(
-  features: int,
-  axes: tuple[str | None, str | None],
-  *,
-  name: str,
-  dtype: Any = None,
-  fan_in: int | None = None,
-) -> nn.Dense:
-  """A Dense layer whose kernel has the logical `axes`.
-
-  LeCun-normal with zero bias; given `fan_in`, kernel and bias are uniform on +-1 / sqrt(fan_in),
-  the default of PyTorch's Linear.
-  """
-  kernel_init, bias_init = nn.initializers.lecun_normal(), nn.initializers.zeros
-  if fan_in is not None:
-    kernel_init = bias_init = _uniform(fan_in**-0.5)
-  return nn.Dense(
-    features,
-    dtype=dtype,
-    kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-    bias_init=nn.with_logical_partitioning(bias_init, axes[1:]),
-    name=name,
-  )
-
-
-def _uniform(bound: float) -> nn.initializers.Initializer:
+def uniform(fan_in: int) -> nn.initializers.Initializer:
+  """Uniform on +-1 / sqrt(fan_in): the default of PyTorch's Linear, for kernel and bias."""
+  bound = fan_in**-0.5
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -76,8 +55,12 @@ class ScalarNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLH: jax.Array) -> jax.Array:
-    scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ()), ())
-    shift = self.param("shift", nn.with_logical_partitioning(nn.initializers.zeros, ()), ())
+    ones, zeros = (
+      nn.with_logical_partitioning(init, ())
+      for init in (nn.initializers.ones, nn.initializers.zeros)
+    )
+    scale: Any = self.param("scale", ones, ())
+    shift: Any = self.param("shift", zeros, ())
     x_BLH = x_BLH.astype(jnp.float32)
     centred_BLH = x_BLH - x_BLH.mean(axis=-1, keepdims=True)
     variance_BL1 = jnp.square(centred_BLH).mean(axis=-1, keepdims=True)
@@ -171,7 +154,7 @@ class Block(nn.Module):
     momentum: of BatchNorm's running statistics; the released code's default is 0.95.
     dropout: rate.
     tied_dropout: one mask a sequence, shared over time; otherwise one a position.
-    linear_init: of the gate's and the value's layers, "lecun" or "uniform", see `dense`.
+    linear_init: of the gate's and the value's layers: "lecun" (normal, zero bias) or "uniform".
     dtype: of the activations.
   """
 
@@ -225,8 +208,10 @@ class Block(nn.Module):
     if self.activation == "gelu":
       return g_BLH
     width = y_BLH.shape[-1]
-    fan_in = width if self.linear_init == "uniform" else None
-    linear = functools.partial(dense, width, ("embed", "mlp"), dtype=self.dtype, fan_in=fan_in)
+    inits: dict[str, Any] = {}
+    if self.linear_init == "uniform":
+      inits = dict.fromkeys(("kernel_init", "bias_init"), uniform(width))
+    linear = functools.partial(dense, width, ("embed", "mlp"), dtype=self.dtype, **inits)
     gate_BLH = nn.sigmoid(linear(name="gate")(g_BLH))
     if self.activation == "half_glu1":
       return drop(g_BLH * gate_BLH)
@@ -239,11 +224,13 @@ class Tokens(nn.Module):
   """A Dense layer on one-hot tokens, computed as a look-up: (B, L) int to (B, L, features).
 
   The kernel's initial standard deviation is 1/sqrt(vocab), as the one-hot form has it, and there is
-  a bias. A token outside the vocabulary is the zero vector, plus the bias.
+  a bias; an `embedding`, as PyTorch has it, is N(0, 1) and has none. A token outside the vocabulary
+  is the zero vector, plus the bias.
   """
 
   vocab: int
   features: int
+  embedding: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -251,16 +238,20 @@ class Tokens(nn.Module):
     init = nn.initializers
     kernel_VH = self.param(
       "kernel",
-      nn.with_logical_partitioning(init.lecun_normal(), ("vocab", "embed")),
+      nn.with_logical_partitioning(
+        init.normal(1.0) if self.embedding else init.lecun_normal(), ("vocab", "embed")
+      ),
       (self.vocab, self.features),
     )
+    rows_BLH = jnp.take(
+      jnp.asarray(kernel_VH, self.dtype), tokens_BL, axis=0, mode="fill", fill_value=0
+    )
+    if self.embedding:
+      return rows_BLH
     bias_H = self.param(
       "bias", nn.with_logical_partitioning(init.zeros, ("embed",)), (self.features,)
     )
-    rows = jnp.take(
-      jnp.asarray(kernel_VH, self.dtype), tokens_BL, axis=0, mode="fill", fill_value=0
-    )
-    return rows + jnp.asarray(bias_H, self.dtype)
+    return rows_BLH + jnp.asarray(bias_H, self.dtype)
 
 
 class Encoder(nn.Module):
@@ -271,6 +262,7 @@ class Encoder(nn.Module):
     features: H, width of the residual stream.
     layers: number of blocks.
     vocab: number of token symbols, for int inputs.
+    embedding: how they are read, see `Tokens`.
     final_norm: after the blocks, see `normalise`; None for none, as in S5.
     momentum: of that norm's running statistics.
     remat: recomputes each block in the backward pass and keeps only its input.
@@ -281,6 +273,7 @@ class Encoder(nn.Module):
   features: int
   layers: int
   vocab: int | None = None
+  embedding: bool = False
   final_norm: str | None = None
   momentum: float = 0.95
   remat: bool = False
@@ -310,7 +303,7 @@ class Encoder(nn.Module):
     if jnp.issubdtype(inputs.dtype, jnp.integer) and inputs.ndim == 2:
       if self.vocab is None:
         raise ValueError(f"vocab=None: inputs are {inputs.dtype} tokens; accepted: their number")
-      x_BLH = Tokens(self.vocab, self.features, self.dtype, name="linear")(inputs)
+      x_BLH = Tokens(self.vocab, self.features, self.embedding, self.dtype, name="linear")(inputs)
     elif jnp.issubdtype(inputs.dtype, jnp.floating) and inputs.ndim == 3:
       axes = (None, "embed")
       x_BLH = dense(self.features, axes, name="linear", dtype=self.dtype)(inputs)

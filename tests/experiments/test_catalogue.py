@@ -78,8 +78,8 @@ def quiet():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_arms_compared_have_about_as_many_parameters(name):
-  """Within 5 %, where a claim at laptop scale compares two models on accuracy or error."""
+def test_an_arm_claimed_better_has_no_more_parameters(name):
+  """At most 5 % more, where a claim at laptop scale compares two models on accuracy or error."""
   module = runner.find(name)
   mesh = meshes.make({}, jax.devices()[:1])
   for study in module.STUDIES:
@@ -87,8 +87,8 @@ def test_arms_compared_have_about_as_many_parameters(name):
       continue
     counts = {}
     for arm in study.arms:
-      (task,) = module.stages(runner.compose(module, "laptop", study, arm)).values()
+      *_, task = module.stages(runner.compose(module, "laptop", study, arm)).values()
       counts[arm] = Program(task, mesh, (0,)).parameters
     for claim in study.claims:
       if claim.against is not None:
-        assert counts[claim.of] == pytest.approx(counts[claim.against], rel=0.05)
+        assert counts[claim.of] <= 1.05 * counts[claim.against], claim.name

@@ -222,6 +222,15 @@ def test_tokens_are_a_dense_layer_on_one_hot_vectors():
   assert np.std(p["kernel"]) == pytest.approx(vocab**-0.5, rel=0.05)
 
 
+def test_an_embedding_is_standard_normal_without_bias():
+  model = sequence.Tokens(500, 40, embedding=True)
+  tokens = jnp.array([[3, 499, 500]])
+  (table,) = jax.tree.leaves(nn.meta.unbox(model.init(jax.random.key(0), tokens)))
+  assert (abs(float(table.mean())) < 0.03) and (abs(float(table.std()) - 1) < 0.03)
+  y = model.apply({"params": {"kernel": table}}, tokens)
+  np.testing.assert_array_equal(y[0], [table[3], table[499], jnp.zeros(40)])
+
+
 def test_mistakes_in_encoder_inputs():
   with pytest.raises(ValueError, match="vocab=None: inputs are int32 tokens"):
     arbitrary(classifier(), jnp.zeros((B, L), jnp.int32))
