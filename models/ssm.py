@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from models.kernels import s5_apply
+from models.kernels import long_conv, s5_apply
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -395,16 +395,6 @@ def vandermonde_kernel(w: Pair, z: Pair, length: int) -> jax.Array:
   return kernel.reshape(kernel.shape[0], -1)[:, :length]
 
 
-def fft_convolve(u_BLH: jax.Array, k_HT: jax.Array) -> jax.Array:
-  """Circular convolution of `u` (B, L, H), padded to T = 2L, with `k` (H, T); (B, L, H) float32.
-
-  k[:, :L] are the taps of lags 0 .. L-1; k[:, 2L-1-j] is that of lag -(1+j). Float32 throughout.
-  """
-  length = u_BLH.shape[1]
-  spectrum_BFH = jnp.fft.rfft(u_BLH.astype(jnp.float32), 2 * length, axis=1)
-  return jnp.fft.irfft(spectrum_BFH * jnp.fft.rfft(k_HT, axis=1).T, 2 * length, axis=1)[:, :length]
-
-
 class S4D(nn.Module):
   """H independent single-input diagonal state spaces (arXiv:2206.11893), as a convolution.
 
@@ -448,10 +438,8 @@ class S4D(nn.Module):
     z_HN = lam_HN[0] * step_H1, lam_HN[1] * step_H1
     _, scale_HN = zoh(lam_HN, step_H1)
     kernels = [vandermonde_kernel(_multiply(c, scale_HN), z_HN, length) for c in cs]
-    past = kernels[0]
-    future = kernels[1][:, ::-1] if self.bidirectional else jnp.zeros_like(past)
-    y_BLH = fft_convolve(u_BLH, jnp.concatenate([past, future], axis=1))
-    return (y_BLH + d_H * u_BLH).astype(u_BLH.dtype)
+    future = kernels[1] if self.bidirectional else None
+    return long_conv(u_BLH, kernels[0], d_H, k_backward=future)
 
   def step(
     self,

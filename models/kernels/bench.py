@@ -1,21 +1,28 @@
-"""The scan cores against the usual ways of writing them, each pair timed in turns in one run.
+"""The cores against the usual ways of writing them, timed in turns in one run.
 
     python -m models.kernels.bench
-    python -m models.kernels.bench --lengths=256,1024 --repeats=9 --json=bench.json
+    python -m models.kernels.bench --groups=mixers --lengths=256,1024 --repeats=9 --json=bench.json
 
-The S5 layer's peer is the form of its authors: complex elements (L, P) materialised for
-`lax.associative_scan`, vmapped over the batch. Both discretise by zero-order hold inside the timed
-function, and both are differentiated with respect to inputs and all parameters. Peers of the bare
-scan are `lax.associative_scan` and `lax.scan`, which move time to the front and back.
+Groups, `--groups`:
+
+* s5: the S5 layer's peer is the form of its authors: complex elements (L, P) materialised for
+  `lax.associative_scan`, vmapped over the batch. Both discretise by zero-order hold inside the
+  timed function, and both are differentiated with respect to inputs and all parameters.
+* scans: peers of the bare scan are `lax.associative_scan` and `lax.scan`, which move time to the
+  front and back.
+* mixers: one SGConv layer, whose kernel is made anew in every call, against an S4D layer, which
+  materialises its kernel likewise, and a causal attention layer of the same width.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,14 +31,19 @@ from absl import app, flags
 from jax import lax
 from rich.table import Table
 
+from models.attention import Attention
 from models.kernels import linear_scan, s5_apply, timing
+from models.long_conv import SGConv
+from models.ssm import S4D
 
 WIDTH, STATES = 128, 64
-LENGTHS = (256, 1024, 4096, 16384)
+S5_LENGTHS = (256, 1024, 4096, 16384)
 SCANS = {"real": (8, 2048, 256), "complex": (32, 1024, 64)}
+MIXER_LENGTHS = (256, 512, 1024, 2048, 4096)
+GROUPS = ("s5", "scans", "mixers")
 
 
-def rows(lengths: Sequence[int] = LENGTHS, repeats: int = 15) -> Iterator[dict[str, Any]]:
+def rows(lengths: Sequence[int] = S5_LENGTHS, repeats: int = 15) -> Iterator[dict[str, Any]]:
   """One row for each S5 length, forward and with gradients.
 
   The batch is such that a step is about as large at every length: 8, 4, 2, 1 at the default ones.
@@ -57,6 +69,36 @@ def scan_rows(repeats: int = 15) -> Iterator[dict[str, Any]]:
     for case, wrap in ((f"{kind} scan", lambda f: f), (f"{kind} scan, gradients", _gradients)):
       for name, peer in peers.items():
         yield _row(case, shape, name, wrap(_scan), wrap(peer), *operands, repeats)
+
+
+def mixer_rows(
+  lengths: Sequence[int] = MIXER_LENGTHS, repeats: int = 15, batch: int = 4, features: int = 64
+) -> Iterator[dict[str, Any]]:
+  """Rows as those of `rows`, without `error`: the layers compute different things.
+
+  Attention is called less often as L grows, but at least three times; at L = 4096 its gradient has
+  4 GB of temporaries on CPU.
+  """
+  for length in lengths:
+    u_BLH = jax.random.normal(jax.random.key(0), (batch, length, features))
+    peers = {
+      "S4D": (S4D(state=64), repeats),
+      "attention": (Attention(heads=4, causal=True), max(3, repeats * 256 // length)),
+    }
+    for case, wrap in (("forward", lambda f: f), ("forward+backward", _gradients)):
+      ours = _layer(SGConv(kernel_dim=8, max_length=length), u_BLH, wrap)
+      for name, (peer, calls) in peers.items():
+        theirs = _layer(peer, u_BLH, wrap)
+        yield _compared(f"SGConv {case}", u_BLH.shape, name, ours, theirs, calls)
+
+
+def _layer(
+  layer: nn.Module, u_BLH: jax.Array, wrap: Callable[..., Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+  """`wrap` of the layer as a function of parameters and input, and these."""
+  variables = nn.meta.unbox(layer.init(jax.random.key(1), u_BLH))
+  params = variables.pop("params")
+  return wrap(lambda p, u: layer.apply({**variables, "params": p}, u)), (params, u_BLH)
 
 
 def _s5(u, lam, B, C, D, log_step):
@@ -151,12 +193,27 @@ def _row(
   their_operands: tuple[Any, ...],
   repeats: int,
 ) -> dict[str, Any]:
-  contestants = {"ours": (ours, our_operands), "peer": (theirs, their_operands)}
-  found = timing.race(contestants, repeats)
-  got, want = (jax.tree.leaves(jax.jit(f)(*operands))[0] for f, operands in contestants.values())
-  error = float(jnp.abs(got.real - want.real).max() / jnp.abs(want.real).max())
-  ms, peer_ms = (1e3 * float(np.median(found[name]["seconds"])) for name in contestants)
-  temp, peer_temp = (found[name]["temporaries"] / 1e6 for name in contestants)
+  contestants = (ours, our_operands), (theirs, their_operands)
+  row = _compared(case, shape, peer, *contestants, repeats)
+  got, want = (jax.tree.leaves(jax.jit(f)(*operands))[0] for f, operands in contestants)
+  return row | {"error": float(jnp.abs(got.real - want.real).max() / jnp.abs(want.real).max())}
+
+
+def _compared(
+  case: str,
+  shape: tuple[int, ...],
+  peer: str,
+  ours: tuple[Callable[..., Any], tuple[Any, ...]],
+  theirs: tuple[Callable[..., Any], tuple[Any, ...]],
+  repeats: int,
+) -> dict[str, Any]:
+  """A row without `error`. Contestants are (function, operands).
+
+  Only two at a time: what follows a much larger program finds cold caches.
+  """
+  found = timing.race({"ours": ours, "peer": theirs}, repeats)
+  ms, peer_ms = (1e3 * float(np.median(result["seconds"])) for result in found.values())
+  temp, peer_temp = (result["temporaries"] / 1e6 for result in found.values())
   return {
     "case": case,
     "shape": list(shape),
@@ -166,7 +223,6 @@ def _row(
     "ratio": peer_ms / ms,
     "temp_mb": temp,
     "peer_temp_mb": peer_temp,
-    "error": error,
   }
 
 
@@ -190,18 +246,22 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
 def main(argv: Sequence[str]) -> None:
   """Measures, prints the table, and writes the rows where `--json` says."""
   del argv
-  found = list(rows([int(n) for n in _LENGTHS.value], _REPEATS.value))
-  if _SCANS.value:
-    found += scan_rows(_REPEATS.value)
+  lengths: dict[str, Any] = {"lengths": [int(n) for n in _LENGTHS.value]} if _LENGTHS.value else {}
+  groups: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+    "s5": functools.partial(rows, **lengths),
+    "scans": scan_rows,
+    "mixers": functools.partial(mixer_rows, **lengths),
+  }
+  found = [row for name in _GROUPS.value for row in groups[name](repeats=_REPEATS.value)]
   rich.print(table(found))
   if _JSON.value:
     pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-  # Here, so that importing `rows` defines no flags.
-  _LENGTHS = flags.DEFINE_list("lengths", [str(n) for n in LENGTHS], "Sequence lengths for S5.")
+  # Here, so that importing the functions defines no flags.
+  _GROUPS = flags.DEFINE_multi_enum("groups", GROUPS, GROUPS, "What to time; may be repeated.")
+  _LENGTHS = flags.DEFINE_list("lengths", None, "Sequence lengths of s5 and mixers.")
   _REPEATS = flags.DEFINE_integer("repeats", 15, "Timed calls of each program.", lower_bound=1)
-  _SCANS = flags.DEFINE_bool("scans", True, "Also the bare scan.")
   _JSON = flags.DEFINE_string("json", None, "Where to write the rows.")
   app.run(main)

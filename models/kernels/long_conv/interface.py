@@ -1,0 +1,131 @@
+"""The long convolution: public function, validation, derivative, choice of backend.
+
+A backend is a pair of functions:
+
+    forward(u, k, k_backward, pre, post) -> y
+    backward(u, k, k_backward, pre, post, dy) -> (du, dk, dk_backward, dpre, dpost)
+
+with `u`, the gates, `y`, `dy` and their gradients of shape (B, L, H), `k` of shape (H, T) with
+1 <= T <= L and `k_backward` of shape (H, T') with 1 <= T' <= L - 1; `k_backward` and the gates may
+be None, and then so are their gradients. Kernels and their gradients are float32 or float64, the
+dtype to compute in; `y` and `du` have the dtype of `u`, the gates' gradients that of the gates. The
+skip D has become part of `k`, as its tap of lag 0.
+
+"fft" takes XLA's FFT; "dft", which TPUs get, makes FFTs of matrix products.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.kernels import dispatch
+from models.kernels.long_conv import dft, fft, xla
+
+IMPLEMENTATIONS = {
+  "fft": dispatch.Implementation(
+    partial(xla.forward, fft=fft), partial(xla.backward, fft=fft), ("cpu", "cuda", "rocm")
+  ),
+  "dft": dispatch.Implementation(partial(xla.forward, fft=dft), partial(xla.backward, fft=dft)),
+}
+
+
+def long_conv(
+  u_BLH: jax.Array,
+  k_HT: jax.Array,
+  D_H: jax.Array | None = None,
+  *,
+  k_backward: jax.Array | None = None,
+  gates: tuple[jax.Array | None, jax.Array | None] = (None, None),
+  implementation: str | None = None,
+) -> jax.Array:
+  """y = post * (k * (pre u) + D pre u), a convolution for each feature, with gates around it.
+
+  Without a backward kernel y_t = post_t (sum_{j <= t} k_j v_{t-j} + D v_t) with v = pre u. The
+  backward kernel adds sum_j k_backward_j v_{t+1+j}: lag 0 belongs to `k` alone. Inputs before the
+  first and after the last step are zero; nothing wraps round.
+
+  Taps that reach no input (`k` beyond L, `k_backward` beyond L - 1) do not matter and get zero
+  gradients; a shorter kernel is zero beyond its end. One kernel thus serves every length.
+
+  Kernels, spectra and sums are float32, or float64 where an operand is. The backward pass keeps the
+  operands and nothing else. Second derivatives (`grad` or `jvp` of a gradient) are right;
+  forward mode alone is refused, as by every `custom_vjp`.
+
+  Operands may be sharded: over batch and features nothing is moved but the sum of a kernel's
+  gradient over the batch; over time the result is right, but the sequences are gathered.
+
+  An FFT mixes all positions: a NaN, an infinity, or the rounding of a huge input reaches the whole
+  of its sequence and feature, and no other; causality holds up to rounding, about 1e-6 of the
+  largest output. A NaN in the cotangents does the same to `du` and reaches that feature's `dk`.
+
+  Args:
+    u_BLH: (B, L, H), floating point. B = 0 and L = 0 are allowed.
+    k_HT: (H, T), taps of the lags 0 .. T-1, T >= 1; floating point.
+    D_H: (H,), the skip; zero by default.
+    k_backward: (H, T'), taps of the lags -1 .. -T', T' >= 1; the convolution is causal without.
+    gates: (pre, post), each (B, L, H) or None for one; elementwise, as in H3 and Hyena.
+    implementation: a key of IMPLEMENTATIONS; by default the best for the platform and the shapes.
+
+  Returns: y_BLH, in the dtype of `u`.
+
+  Raises:
+    ValueError: for wrong shapes, and for an implementation that is unknown or cannot run here.
+    TypeError: for an operand that is not floating point.
+  """
+  u = jnp.asarray(u_BLH)
+  if u.ndim != 3:
+    raise ValueError(f"u_BLH: shape {u.shape}; accepted: (B, L, H)")
+  _, length, width = u.shape
+  k = _array("k_HT", k_HT, width, None)
+  D = None if D_H is None else _array("D_H", D_H, width)
+  if k_backward is not None:
+    k_backward = _array("k_backward", k_backward, width, None)
+  pre, post = (None if gate is None else _array("gates", gate, *u.shape) for gate in gates)
+  given = [x for x in (u, k, D, k_backward, pre, post) if x is not None]
+  for x in given:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise TypeError(f"operand of shape {x.shape}: dtype {x.dtype}; accepted: floating point")
+  if u.size == 0:
+    return u
+
+  dtype = jnp.result_type(jnp.float32, *given)
+  k = k[:, :length].astype(dtype)
+  if D is not None:
+    k = jnp.concatenate([k[:, :1] + D.astype(dtype)[:, None], k[:, 1:]], axis=1)
+  if k_backward is not None:
+    k_backward = k_backward[:, : length - 1].astype(dtype) if length > 1 else None
+  operands = (u, k, k_backward, pre, post)
+  dispatch.check(IMPLEMENTATIONS, implementation, *operands)
+  return _apply(implementation, *operands)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply(implementation: str | None, *operands: Any) -> jax.Array:
+  return _apply_fwd(implementation, *operands)[0]
+
+
+def _apply_fwd(implementation: str | None, *operands: Any) -> Any:
+  names = dispatch.choose(IMPLEMENTATIONS, implementation, *operands)
+  return dispatch.forward(IMPLEMENTATIONS, names, *operands), operands
+
+
+def _apply_bwd(implementation: str | None, operands: Any, dy: jax.Array) -> tuple[Any, ...]:
+  names = dispatch.choose(IMPLEMENTATIONS, implementation, *operands)
+  return dispatch.backward(IMPLEMENTATIONS, names, *operands, dy)
+
+
+_apply.defvjp(_apply_fwd, _apply_bwd)
+
+
+def _array(name: str, x: jax.Array, *shape: int | None) -> jax.Array:
+  """`x`, whose axes have the sizes of `shape`, or any but 0 where that is None."""
+  x = jnp.asarray(x)
+  fits = (n == want or (want is None and n) for n, want in zip(x.shape, shape, strict=False))
+  if x.ndim != len(shape) or not all(fits):
+    accepted = ", ".join("T >= 1" if n is None else str(n) for n in shape)
+    raise ValueError(f"{name}: shape {x.shape}; accepted: ({accepted})")
+  return x
