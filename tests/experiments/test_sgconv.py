@@ -128,13 +128,13 @@ def test_arms_of_the_decay_study_differ_in_their_kernels_alone():
     shapes = Program(task, meshes.make({}, jax.devices()[:1]), (0,)).abstract_state.params
     outside = {k: v.shape for k, v in mixers(shapes).items() if "mixer" not in k}
     counts[arm] = outside
-  assert all(outside == counts["t = 1"] for outside in counts.values())
+  assert all(outside == counts["t=1"] for outside in counts.values())
 
 
 def test_the_frozen_norm_is_no_parameter_and_does_not_change():
   study = sgconv.STUDIES[0]
   overrides = {"optimizer.total_steps": 3, "optimizer.warmup_steps": 0, "data.length": 32}
-  config = runner.compose(sgconv, "laptop", study, "t = 1", overrides)
+  config = runner.compose(sgconv, "laptop", study, "t=1", overrides)
   (task,) = sgconv.stages(config).values()
   small = Program(task, meshes.make({}, jax.devices()[:1]), (0, 1))
   example = {k: np.zeros((2, 2, config.batch_size, 32), np.int32) for k in ("inputs", "targets")}

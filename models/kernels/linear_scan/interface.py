@@ -89,14 +89,14 @@ def linear_scan(
 def _scan(
   a: Parts, b: Parts, h0: Parts, reverse: bool, implementation: str | None
 ) -> tuple[Parts, Parts]:
-  names = dispatch.choose(IMPLEMENTATIONS, implementation, a, b, h0)
-  return dispatch.forward(IMPLEMENTATIONS, names, a, b, h0, reverse=reverse)
+  return _scan_fwd(a, b, h0, reverse, implementation)[0]
 
 
 def _scan_fwd(
   a: Parts, b: Parts, h0: Parts, reverse: bool, implementation: str | None
 ) -> tuple[tuple[Parts, Parts], tuple[Parts, Parts, Parts]]:
-  y, h_last = _scan(a, b, h0, reverse, implementation)
+  names = dispatch.choose(IMPLEMENTATIONS, implementation, a, b, h0)
+  y, h_last = dispatch.forward(IMPLEMENTATIONS, names, a, b, h0, reverse=reverse)
   return (y, h_last), (a, y, h0)
 
 

@@ -2,7 +2,7 @@
 
 XLA's partitioner gathers the operand of an FFT onto every device even where the axis transformed is
 whole on each (jax-ml/jax#15680), so the partitioning is given here. TPU compilers do not ask for it
-(jax-ml/jax#38196), see `dft.py`. In other respects these are `jnp.fft.rfft` and `jnp.fft.irfft`.
+(jax-ml/jax#38196), they get `dft.py`. Otherwise these are `jnp.fft.rfft` and `jnp.fft.irfft`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ def _transform(transform: Callable[..., jax.Array], size: int) -> Callable[[jax.
   """`transform(x, size)`, partitioned over all axes but the last, with `vmap` and derivatives."""
 
   def whole(x: jax.Array) -> jax.Array:
-    return transform(x, size)
+    # Of two axes: with more, XLA may choose a memory layout that its FFT on CPU then refuses.
+    return transform(x.reshape(-1, x.shape[-1]), size).reshape(*x.shape[:-1], -1)
 
   def partition(mesh: Any, operands: Any, result: Any) -> Any:
-    # Neither's last axis may be split, whatever those around would like.
-    leading = tuple(result.sharding.spec)[: len(result.shape) - 1]
-    rows = NamedSharding(mesh, PartitionSpec(*leading))
+    rows = result.sharding
+    if isinstance(rows, NamedSharding):  # in a `shard_map` over some of the axes it is not
+      # Neither's last axis may be split, whatever those around would like.
+      rows = NamedSharding(mesh, PartitionSpec(*rows.spec[: len(result.shape) - 1]))
     return mesh, whole, rows, (rows,)
 
   partitioned = custom_partitioning(whole)

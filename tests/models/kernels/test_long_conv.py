@@ -269,11 +269,12 @@ def mesh():
   return jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 
 
-SHARDINGS = {
+SHARDINGS = {  # of (B, L, H) and of (H, T)
   "batch": (P("x"), P()),
   "features": (P(None, None, "x"), P("x")),
   "both": (P("y", None, "x"), P("x")),
-  "time": (P(None, "x"), P()),
+  "time": (P("y", "x"), P()),
+  "time of all": (P("x", "y"), P("y", "x")),
 }
 
 
@@ -281,29 +282,37 @@ SHARDINGS = {
 def test_sharded(axes, implementation):
   rng = np.random.default_rng(0)
   u, k = rng.normal(size=(8, 40, 16)), rng.normal(size=(2, 16, 40))
-  operands = {"u": u, "k": k[0], "D": k[0, :, 0], "k_backward": k[1]}
-  operands, dy = put(operands | {"dy": np.cos(u)})
+  values = {"u": u, "k": k[0], "D": k[0, :, 0], "k_backward": k[1]}
+  operands, dy = put(values | {"dy": np.cos(u)})
   expected = with_gradients(operands, dy, implementation)
   sequences, kernels = SHARDINGS[axes]
-  put_on = lambda x, spec: jax.device_put(x, NamedSharding(mesh(), spec))  # noqa: E731
-  sharded = {n: put_on(x, sequences if n == "u" else kernels) for n, x in operands.items()}
-  arguments = sharded, put_on(dy, sequences)
-  compiled = with_gradients.lower(*arguments, implementation=implementation).compile()
+  place = {n: sequences if n == "u" else P(*kernels[: x.ndim]) for n, x in operands.items()}
+  place = jax.tree.map(partial(NamedSharding, mesh()), place)
+  run = jax.jit(
+    partial(with_gradients, implementation=implementation),
+    in_shardings=(place, place["u"]),
+    out_shardings=(place["u"], place),
+  )
+  compiled = run.lower(operands, dy).compile()
+  sharded = jax.device_put((operands, dy), (place, place["u"]))
   for have, want in zip(
-    jax.tree.leaves(compiled(*arguments)), jax.tree.leaves(expected), strict=True
+    jax.tree.leaves(compiled(*sharded)), jax.tree.leaves(expected), strict=True
   ):
     np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-4)
-  if axes != "time":
+  if "time" not in axes:
     moved = set(re.findall(r"all-gather|all-to-all|collective-permute", compiled.as_text()))
     assert not moved
 
 
-def test_shard_map(implementation):
+@pytest.mark.parametrize("axes", [{"x", "y"}, {"x"}])
+def test_shard_map(axes, implementation):
+  """Over all axes of a mesh, and over some of them."""
   operands, _ = put(problem("causal", 8, 16))
   run = lambda u, k: long_conv(u, k, implementation=implementation)  # noqa: E731
-  mapped = jax.shard_map(run, mesh=mesh(), in_specs=(P("x"), P()), out_specs=P("x"))
+  specs = {"in_specs": (P("x"), P()), "out_specs": P("x"), "axis_names": axes}
+  mapped = jax.shard_map(run, mesh=mesh(), **specs)
   have = jax.jit(mapped)(operands["u"], operands["k"])
-  np.testing.assert_allclose(have, run(operands["u"], operands["k"]), atol=1e-6)
+  np.testing.assert_allclose(have, run(operands["u"], operands["k"]), atol=1e-5)
 
 
 # Errors
