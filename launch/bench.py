@@ -212,7 +212,7 @@ def table(rows: list[dict[str, Any]]) -> rich.table.Table:
 
 def layer() -> list[dict[str, Any]]:
   """S5's layer against the authors' formulation, forward and with gradients, by length."""
-  return list(kernels.s5_rows(repeats=ROUNDS.value))
+  return list(kernels.rows(repeats=ROUNDS.value))
 
 
 def main(argv) -> None:

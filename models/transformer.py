@@ -48,6 +48,7 @@ HEADS = ("tied", "untied", "mlm", None)
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(nn.gelu, approximate=True),
   "gelu_exact": functools.partial(nn.gelu, approximate=False),
+  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
   "relu": nn.relu,
   "swiglu": nn.silu,
   "geglu": functools.partial(nn.gelu, approximate=True),
