@@ -29,6 +29,7 @@ their parameter groups are known.
     python -m experiments.s5 --study=accuracy --seeds=5
     python -m experiments.s5 --study=tuning                    # how the learning rates were chosen
     python -m experiments.s5 --scale=paper/listops --mesh=data=5
+    python -m launch.plan s5 --scale=paper/pathx               # what a step takes on v5e-16
 """
 
 import functools
@@ -96,6 +97,9 @@ PAPER_KEYS = (
   "optimizer.option",
 )
 SCALES = ("laptop", *(f"paper/{row}" for row in PAPER))
+# What each scale is planned for: a batch of 50 divides among two.
+TOPOLOGIES = {f"paper/{row}": ("v5e-4", "data=2,tensor=2") for row in ("listops", "text", "image")}
+TOPOLOGIES["paper/*"] = ("v5e-16", "data=16")
 
 
 def get_config(scale: str = "laptop") -> ml_collections.ConfigDict:
