@@ -269,7 +269,10 @@ def test_local_domains_have_files(domain):
 
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
   for files, match in (
-    (lambda: text._installed(["not-there"], ""), "text/c: not installed; run: pip install --no-deps not-th"),
+    (
+      lambda: text._installed(["not-there"], ""),
+      "text/c: not installed; run: pip install --no-deps not-there",
+    ),
     (dict, "text/c: this installation has none of its files"),
   ):
     monkeypatch.setitem(text.DOMAINS, "c", text.Domain(files, text._whole))
