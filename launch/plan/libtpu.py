@@ -1,0 +1,65 @@
+"""libtpu on a machine without a TPU: for plans, and out of the way of everything else."""
+
+import glob
+import importlib.metadata
+import importlib.util
+import os
+
+import jax
+import jax.extend.backend
+from jax.experimental import topologies
+
+from launch.errors import ConfigurationError
+
+# What libtpu would look for on a TPU machine (any valid values do), no log files, no complaints,
+# no lock against other processes.
+ENVIRONMENT = {
+  "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_LOG_DIR": "disabled",
+  "TPU_STDERR_LOG_LEVEL": "3",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def installed() -> bool:
+  return "TPU_LIBRARY_PATH" in os.environ or importlib.util.find_spec("libtpu") is not None
+
+
+def version() -> str:
+  try:
+    return importlib.metadata.version("libtpu")
+  except importlib.metadata.PackageNotFoundError:
+    return os.environ.get("TPU_LIBRARY_PATH", "")
+
+
+def devices(name: str, **options) -> list[jax.Device]:
+  """The devices of a TPU topology such as `v5e:4x4`, to compile for.
+
+  Raises:
+    ConfigurationError: libtpu is not installed, or knows no such topology.
+  """
+  if not installed():
+    raise ConfigurationError("TPUs are planned by libtpu: pip install 'roundup[plan]'")
+  for key, value in ENVIRONMENT.items():
+    os.environ.setdefault(key, value)
+  try:
+    return topologies.get_topology_desc(name, "tpu", **options).devices
+  except jax.errors.JaxRuntimeError as error:
+    raise ConfigurationError(f"libtpu {version()} on {name}: {error}") from error
+
+
+def leave_alone() -> None:
+  """Keeps jax from starting a TPU that is not there, where libtpu is installed for plans.
+
+  Before it falls back to the CPU it would try, with a page of complaints and a log file. A platform
+  that is asked for by name, and an attached TPU, are left as they are.
+  """
+  asked = jax.config.jax_platforms or "JAX_FORCE_TPU_INIT" in os.environ  # type: ignore[attr-defined]
+  if asked or glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
+    return
+
+  def absent():
+    raise RuntimeError("no TPU is attached")
+
+  jax.extend.backend.register_backend_factory("tpu", absent)

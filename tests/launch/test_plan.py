@@ -1,0 +1,473 @@
+"""Plans: names of topologies, what the compiled text says, warnings, exit codes, libtpu."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from launch import ConfigurationError, Task
+from launch import mesh as meshes
+from launch import plan as plans
+from launch.plan import __main__ as command
+from launch.plan import hlo, libtpu, stages, topologies
+from launch.program import Program
+
+with_libtpu = pytest.mark.skipif(not libtpu.installed(), reason="libtpu is not installed")
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+# Topologies
+
+
+@pytest.mark.parametrize(
+  ("name", "chips", "shape"),
+  [
+    ("v5e-1", 1, "1x1"),
+    ("v5e-8", 8, "2x4"),
+    ("v5e-16", 16, "4x4"),
+    ("v6e-256", 256, "16x16"),
+    ("v5e-256x4", 1024, "16x16"),
+    ("v4-8", 4, "2x2x1"),
+    ("v4-32", 16, "2x2x4"),
+    ("v5p-2", 1, "1x1x1"),
+    ("v5p-16", 8, "2x2x2"),
+    ("v5p-128", 64, "4x4x4"),
+    ("v5p-2048", 1024, "8x8x16"),
+    ("host-8", 8, ""),
+    ("cuda-64", 64, ""),
+  ],
+)
+def test_names(name, chips, shape):
+  topology = topologies.parse(name)
+  assert (topology.chips, topology.shape) == (chips, shape)
+
+
+@pytest.mark.parametrize(
+  "name", ["v5e", "v5e-3", "v5e-512", "v5p-1", "v7-8", "host-0", "host-8x2", "v5e-8x0", "v5e-8 x2"]
+)
+def test_unknown_names(name):
+  with pytest.raises(ConfigurationError, match=r"--topology=.*accepted: v5e-N with N = 1, 2, 4"):
+    topologies.parse(name)
+
+
+@with_libtpu
+@pytest.mark.parametrize("name", ["v5e-1", "v5e-8", "v4-8", "v5p-2", "v5p-4", "v6e-16", "v5e-4x2"])
+def test_every_topology_has_one_device_a_chip(name):
+  topology = topologies.parse(name)
+  devices = topology.devices()
+  assert len(devices) == topology.chips
+  assert len({getattr(d, "slice_index", 0) for d in devices}) == topology.slices
+
+
+# What the text says
+
+
+def mesh_of(**sizes):
+  count = math.prod(sizes.values())
+  types = (AxisType.Auto,) * len(sizes)
+  return jax.make_mesh(
+    tuple(sizes.values()), tuple(sizes), axis_types=types, devices=jax.devices()[:count]
+  )
+
+
+def compiled(function, *shapes, mesh, specs):
+  arguments = [
+    jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    for shape, spec in zip(shapes, specs, strict=True)
+  ]
+  return jax.jit(function).lower(*arguments).compile()
+
+
+def constrain(x, mesh, *spec):
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+@pytest.mark.parametrize(
+  ("attributes", "groups"),
+  [
+    ("replica_groups={{0,2},{1,3}}, x={}", [[0, 2], [1, 3]]),
+    ("replica_groups=[2,4]<=[8], x", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("replica_groups=[4,2]<=[2,4]T(1,0), x", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
+    ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'c'}, x", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}, x", [[0, 1, 2, 3]]),
+    ("replica_groups=mesh['a'=4], device_ids=([2,2]T(1,0)) {'a':(1)2}, x", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['a'=4,'b'=1], device_ids=([2,2]T(1,0)) {'a'}, x", [[0, 2, 1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, x", [[0, 2], [1, 3]]),
+  ],
+)
+def test_groups_in_every_notation(attributes, groups):
+  found = hlo._groups(attributes)
+  assert sorted(map(sorted, found)) == sorted(map(sorted, groups))
+
+
+@pytest.mark.parametrize(
+  ("text", "size", "bytes_", "space"),
+  [
+    ("f32[3,5]", 15, 60, 0),
+    ("f32[]{:T(128)}", 1, 512, 0),
+    ("f32[3,5]{1,0:T(8,128)}", 15, 8 * 128 * 4, 0),
+    ("bf16[3,5]{0,1:T(8,128)(2,1)S(1)}", 15, 8 * 128 * 2, 1),
+    ("bf16[1,25,2048,2,8]{2,3,1,0,4:T(2,128)(2,1)}", 819200, 819200 * 2, 0),
+    ("pred[7]{0}", 7, 7, 0),
+    ("c64[7]{0}", 7, 56, 0),
+    ("f8e4m3fn[7]{0}", 7, 7, 0),
+  ],
+)
+def test_sizes_in_memory(text, size, bytes_, space):
+  (found,) = hlo._ARRAY.finditer(text)
+  array = hlo._array(*found.groups())
+  assert (array.size, array.bytes, array.space) == (size, bytes_, space)
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+def test_collectives_are_told_by_kind_axis_and_bytes(axis):
+  mesh = mesh_of(data=2, fsdp=2, tensor=2)
+  rows = {}
+  for name, out in (("gather", (None, None)), ("move", (None, axis))):
+    function = lambda x, out=out: constrain(x * 2, mesh, *out) + 1  # noqa: E731
+    program = compiled(function, (64, 128), mesh=mesh, specs=[(axis, None)])
+    rows[name] = hlo.collectives(hlo.parse(program.as_text()), mesh.shape)
+  total = compiled(lambda x: x.sum(0), (64, 128), mesh=mesh, specs=[(axis, None)])
+  rows["sum"] = hlo.collectives(hlo.parse(total.as_text()), mesh.shape)
+  expected = {  # of two devices each sends half of what it ends with, twice for a sum
+    "gather": ("all-gather", 64 * 128 * 4 // 2),
+    "move": ("all-to-all", 64 * 64 * 4 // 2),
+    "sum": ("all-reduce", 128 * 4),
+  }
+  for name, (kind, size) in expected.items():
+    assert rows[name] == [{"kind": kind, "axes": axis, "count": 1, "bytes": size}]
+
+
+def test_collectives_in_loops_count_as_often_as_they_run():
+  mesh = mesh_of(data=2, tensor=4)
+
+  def step(_, x):
+    return constrain(jnp.sin(constrain(x, mesh, "tensor")), mesh, None)
+
+  program = compiled(lambda x: jax.lax.fori_loop(0, 5, step, x), (64,), mesh=mesh, specs=[(None,)])
+  module = hlo.parse(program.as_text())
+  assert hlo.iterations(module) == 5
+  (row,) = hlo.collectives(module, mesh.shape)
+  assert row == {"kind": "all-gather", "axes": "tensor", "count": 5, "bytes": 5 * 64 * 4 * 3 // 4}
+
+
+def matmuls(x, w):
+  for _ in range(3):
+    x = jnp.tanh(x @ w)
+  return x
+
+
+def test_traffic_without_loops_is_the_compilers():
+  mesh = mesh_of(data=1)
+  program = compiled(
+    jax.grad(lambda x, w: matmuls(x, w).sum()),
+    (64, 32),
+    (32, 32),
+    mesh=mesh,
+    specs=[(), ()],
+  )
+  module = hlo.parse(program.as_text())
+  assert hlo.repeated_flops(module) == 0
+  assert hlo.traffic(module) == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.05)
+
+
+def test_loops_count_as_often_as_they_run():
+  """Nested: 4 x 3 products in a loop, none of it counted twice, rows read and written in place."""
+  mesh = mesh_of(data=1)
+
+  def outer(i, carry):
+    x, w, rows = carry
+    x = jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w), x)
+    return x, w, jax.lax.dynamic_update_slice(rows, x[None, :1], (i, 0, 0))
+
+  def function(x, w, rows):
+    return jax.lax.fori_loop(0, 4, outer, (x, w, rows))[::2]
+
+  program = compiled(function, (64, 32), (32, 32), (4096, 1, 32), mesh=mesh, specs=[(), (), ()])
+  module = hlo.parse(program.as_text())
+  assert hlo.iterations(module) == 4 + 12
+  flops = program.cost_analysis()["flops"] + hlo.repeated_flops(module)
+  assert flops == pytest.approx(12 * 2 * 64 * 32 * 32, rel=0.1)
+  assert hlo.traffic(module) < 3 * 4096 * 32 * 4  # the rows in and out, not at every step
+  assert hlo.loop_copies(module) < 1000
+
+
+def test_resharding_is_noticed_where_nothing_asked_for_it():
+  mesh = mesh_of(data=2, fsdp=2, tensor=2)
+  everything = ("fsdp", "data", "tensor")
+  programs = {
+    "moved": (lambda x: constrain(jnp.sin(x), mesh, None, "tensor") + 1, ("tensor", None)),
+    "gathered, then sliced": (
+      lambda x: constrain(jnp.sin(x), mesh, "tensor", "data") + 1,
+      (everything, None),
+    ),
+    "gathered over data": (lambda x: constrain(jnp.sin(x), mesh, None) + 1, ("data", None)),
+    "whole weights": (lambda x: constrain(jnp.sin(x), mesh, None) + 1, ("fsdp", None)),
+    "asked for": (
+      jax.shard_map(
+        lambda x: jax.lax.all_to_all(x, "tensor", 1, 0, tiled=True),
+        mesh=mesh,
+        in_specs=PartitionSpec("tensor", None),
+        out_specs=PartitionSpec(None, "tensor"),
+      ),
+      ("tensor", None),
+    ),
+  }
+  found = {}
+  for name, (function, spec) in programs.items():
+    program = compiled(function, (512, 512), mesh=mesh, specs=[spec])
+    found[name] = hlo.reshardings(hlo.parse(program.as_text()), mesh.shape, at_least=1000)
+  kinds = {name: [kind for _, kind, _ in rows] for name, rows in found.items()}
+  assert kinds == {
+    "moved": ["all-to-all"],
+    "gathered, then sliced": ["all-gather"],
+    "gathered over data": ["all-gather"],
+    "whole weights": [],
+    "asked for": [],
+  }
+  assert found["moved"][0][0] == "sin"
+  assert found["moved"][0][2] == 512 * 256 * 4
+
+
+@with_libtpu
+def test_flops_of_loops_on_a_tpu():
+  """Batched products, which a TPU's compiler writes as convolutions that are mostly padding."""
+  (device,) = topologies.parse("v5e-1").devices()
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  x, w = (
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+    for shape in ((6, 256, 128), (6, 128, 128))
+  )
+
+  def text(steps):
+    function = lambda x, w: jax.lax.fori_loop(0, steps, lambda _, x: x @ w, x)  # noqa: E731
+    program = plans._compile(jax.jit(function).lower(x, w))
+    return program.cost_analysis()["flops"] + hlo.repeated_flops(hlo.parse(program.as_text()))
+
+  assert text(7) == pytest.approx(7 * 2 * 6 * 256 * 128 * 128, rel=0.02)
+
+
+# Plans
+
+
+WIDTH = 1024
+
+
+def task(logical=("embed", "mlp"), **fields):
+  """One large parameter."""
+  import flax.linen as nn
+
+  def init(key):
+    w = jax.random.normal(key, (WIDTH, WIDTH))
+    return {"params": {"w": nn.LogicallyPartitioned(w, logical)}}
+
+  def loss(params, variables, batch, key, *, train):
+    value = jnp.mean((batch["inputs"] @ params["w"]) ** 2)
+    return value, ({"loss": (value, jnp.ones(()))}, variables)
+
+  example = {"inputs": jax.ShapeDtypeStruct((WIDTH,), np.float32)}
+  defaults = {"optimizer": optax.adam(1e-3), "example": example, "batch_size": 16, "steps": 1}
+  return Task(init=init, loss=loss, **(defaults | fields))
+
+
+def test_a_plan_counts_memory_and_arithmetic():
+  made = plans.plan(task(), "host-8", {"data": 2, "fsdp": 2, "tensor": 2}, seeds=(0, 1))
+  size, rows = WIDTH * WIDTH, 2 * 16 // 4
+  assert (made.chips, made.seeds, made.parameters) == (8, 2, size)
+  # Weights and two moments of both seeds, a quarter each; the batch is over data and fsdp.
+  arguments = 4 * (3 * 2 * size // 4 + rows * WIDTH)
+  assert made.arguments == pytest.approx(arguments, rel=0.01)
+  assert made.total == made.arguments + made.temporaries
+  # Forward and the gradient of the weights: half the columns, a quarter of the rows of 2 seeds.
+  # Adam adds to it.
+  products = 2 * 2 * rows * size // 2
+  assert products < made.flops < 2 * products
+  assert {row["axes"] for row in made.collectives} >= {"fsdp"}
+  assert made.largest[0]["bytes"] >= 2 * size
+  assert made.warnings == []
+  assert (made.fits, made.hbm, made.step) == (None, None, None)
+  assert "compute time" in made.unknown
+
+
+def test_a_dispatch_holds_all_its_batches():
+  one, four = (plans.plan(task(steps_per_dispatch=n), "host-4") for n in (1, 4))
+  batch = (16 * WIDTH + 16) * 4 // 4
+  assert four.arguments - one.arguments == 3 * batch
+  assert four.flops == one.flops
+
+
+def test_seeds_that_cannot_be_mapped_are_planned_one_by_one():
+  assert plans.plan(task(map_seeds=False), "host-1", seeds=(0, 1, 2)).seeds == 1
+
+
+@pytest.mark.parametrize(
+  ("logical", "whole"),
+  [
+    (("embed", "mlp"), None),
+    ((None, "mlp"), "fsdp=2"),
+    (("embed", None), "tensor=2"),
+    ((None, None), "fsdp=2 and tensor=2"),
+  ],
+)
+def test_large_replicated_parameters_are_named(logical, whole):
+  mesh = meshes.make({"data": 2, "fsdp": 2, "tensor": 2})
+  found = plans._replicated(Program(task(logical), mesh, (0, 1)))
+  assert found == ([] if whole is None else [f"params/w, 4.2 MB, is replicated over {whole}"])
+
+
+def test_a_plan_is_numbers_and_is_kept_by_content(tmp_path, monkeypatch):
+  made = plans.plan(task(), "host-2", cache=tmp_path)
+  assert plans.Plan(**json.loads(json.dumps(dataclasses.asdict(made)))) == made
+  monkeypatch.setattr(plans, "_compile", None)
+  assert plans.plan(task(), "host-2", cache=tmp_path) == made
+  with pytest.raises(TypeError):
+    plans.plan(task(batch_size=32), "host-2", cache=tmp_path)
+
+
+def test_what_does_not_fit_says_so_and_names_buffers(monkeypatch):
+  monkeypatch.setitem(topologies.CHIPS, "host", topologies.Chip(1e6, 1e9, 1e12, 1e9))
+  made = plans.plan(task(), "host-2")
+  assert made.fits is False
+  assert made.largest[0]["bytes"] == 4 * WIDTH * WIDTH
+  assert made.step == max(made.times.values()) == made.times[made.bound]
+  assert made.times["compute"] == made.flops / 1e12
+
+
+def test_gpus_are_lowered_and_the_rest_is_called_unknown():
+  made = plans.plan(task(), "cuda-8", {"data": 4, "tensor": 2})
+  assert made.arguments == pytest.approx(4 * (3 * WIDTH * WIDTH // 2 + 4 * WIDTH), rel=0.01)
+  assert (made.total, made.flops, made.fits) == (None, None, None)
+  assert {"temporaries", "collectives", "whether it fits"} <= set(made.unknown)
+
+
+@with_libtpu
+def test_a_plan_for_tpus(tmp_path):
+  made = plans.plan(task(), "v5e-8", {"fsdp": 2, "tensor": 2}, cache=tmp_path)
+  assert made.fits and made.hbm == 15.75 * 2**30
+  assert (made.chips, dict(made.mesh)) == (8, {"data": 2, "fsdp": 2, "tensor": 2})
+  assert made.arguments == pytest.approx(4 * (3 * WIDTH * WIDTH // 4 + 4 * WIDTH), rel=0.05)
+  assert made.bound in made.times and made.step > 0
+  assert plans.plan(task(), "v5e-8", {"fsdp": 2, "tensor": 2}, cache=tmp_path) == made
+
+
+@with_libtpu
+@pytest.mark.parametrize("name", ["v4-32", "v5p-32", "v6e-16"])
+def test_meshes_that_split_an_axis_of_the_torus(name):
+  made = plans.plan(task(), name, {"data": 2, "fsdp": 2, "tensor": 4})
+  assert made.fits and made.chips == 16
+
+
+@with_libtpu
+def test_slices_exchange_over_the_network():
+  made = plans.plan(task(), "v5e-4x2", {"data": 4, "tensor": 2})
+  (row,) = (r for r in made.collectives if r["kind"] == "between slices")
+  # The gradient, a half for each part of tensor, in two parts within a slice.
+  assert row["bytes"] == pytest.approx(4 * WIDTH * WIDTH // 4, rel=0.01)
+  assert made.times["network"] == row["bytes"] / topologies.CHIPS["v5e"].network
+  with pytest.raises(ConfigurationError, match="data=1 does not divide among 2 slices"):
+    plans.plan(task(), "v5e-4x2", {"data": 1, "tensor": 8})
+
+
+@with_libtpu
+def test_a_tpu_that_is_too_small():
+  made = plans.plan(task(batch_size=2**24), "v5e-4")
+  assert made.fits is False
+  assert "RESOURCE_EXHAUSTED" in made.error
+  assert made.largest[0] == {"name": "batch/inputs", "bytes": 2**24 * WIDTH * 4 // 4}
+
+
+# The command
+
+
+def test_the_command_prints_tables_or_json(capsys, tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  words = ["s5", "--scale=laptop", "--topology=host-8", "--study=rate", "--seeds=2"]
+  words += ["--mesh=data=4,tensor=2", "--config.width=16", "--config.data.name=digits"]
+  assert command.main([*words, "--json"]) == 0
+  (row,) = json.loads(capsys.readouterr().out)
+  assert (row["stage"], row["chips"], row["seeds"]) == ("train", 8, 2)
+  assert row["mesh"] == {"data": 4, "tensor": 2}
+  assert command.main(words) == 0
+  shown = capsys.readouterr().out
+  for part in ("s5 laptop train: host-8 (8 chips, data=4, tensor=2), 2 seeds", "largest buffers"):
+    assert part in shown
+  monkeypatch.setitem(topologies.CHIPS, "host", topologies.Chip(hbm=1e5))
+  monkeypatch.setattr(plans, "_fingerprint", lambda *_: "another")
+  assert command.main(words) == 1
+  assert "does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (["s6"], "unknown experiment 's6'; did you mean 's5'?"),
+    (["s5", "--scale=paper/x"], "unknown scale 'paper/x'"),
+    (["s5", "--scale=laptop"], "s5 names no topology for scale 'laptop'; give --topology"),
+    (["s5", "--scale=laptop", "--topology=v9"], "--topology=v9; accepted:"),
+    (["s5", "--scale=laptop", "--topology=host-8", "--study=x"], "unknown study 'x'"),
+    (["s5", "--scale=laptop", "--topology=host-8", "--arm=x"], "unknown arm 'x'"),
+    (["s5", "--scale=laptop", "--topology=host-8", "--config.widht=8"], "did you mean 'width'?"),
+    (["s5", "--scale=laptop", "--topology=host-8", "--mash=8"], "unknown argument '--mash=8'"),
+    (["s5", "--scale=laptop", "--topology=host-8", "--mesh=data=3"], "takes 3 devices; 8 are"),
+    (["s5", "--scale=laptop", "--topology=host-8", "--config.batch_size=4"], "a multiple of 8"),
+    (["s5", "--scale=laptop", "--topology=host-8", "--config.ssm.blocks=5"], "accuracy/s5: "),
+    (["s5", "--scale=laptop", "--topology=host-999"], "this process has 8 CPU devices"),
+  ],
+)
+def test_mistakes_are_one_line(words, message, capsys):
+  assert command.main(words) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ") and message in line
+
+
+def test_without_libtpu_the_extra_is_named(capsys, monkeypatch):
+  monkeypatch.setattr(libtpu, "installed", lambda: False)
+  assert command.main(["s5", "--scale=paper/pathx"]) == 2
+  assert (
+    capsys.readouterr().err == "error: TPUs are planned by libtpu: pip install 'roundup[plan]'\n"
+  )
+
+
+def test_the_named_topology_is_the_first_that_fits():
+  class module:
+    TOPOLOGIES = {"paper/a": ("v5e-4", "data=2"), "paper/*": ("v5e-16", "")}  # noqa: RUF012
+
+  assert stages.named(module, "paper/a") == ("v5e-4", "data=2")
+  assert stages.named(module, "paper/b") == ("v5e-16", "")
+  assert stages.named(module, "laptop") is None
+
+
+def fresh(*words):
+  """A process with no platform chosen, and nothing from this one's environment about TPUs."""
+  kept = {
+    k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "JAX_", "XLA_", "ALLOW"))
+  }
+  done = subprocess.run(
+    [sys.executable, *words], cwd=ROOT, env=kept, capture_output=True, text=True, check=False
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+@with_libtpu
+def test_ordinary_runs_leave_libtpu_alone():
+  code, out, err = fresh("-c", "import launch, jax; print(jax.devices()[0].platform)")
+  assert (code, out, err) == (0, "cpu\n", "")
+
+
+@with_libtpu
+def test_a_plan_in_its_own_process_says_nothing_else():
+  words = ["-m", "launch.plan", "s5", "--scale=laptop", "--topology=v5e-1", "--json"]
+  code, out, err = fresh(*words, "--config.layers=1", "--seeds=1")
+  assert (code, err) == (0, "")
+  assert json.loads(out)[0]["fits"] is True
