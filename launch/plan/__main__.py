@@ -85,8 +85,7 @@ def show(console: rich.console.Console, title: str, made: Plan) -> None:
     "arguments": _size(made.arguments),
     "temporaries": _size(made.temporaries),
     "total": _size(made.total),
-    "HBM": _size(made.hbm)
-    + (f", {made.total / made.hbm:.0%} used" if made.total and made.hbm else ""),
+    "HBM": _size(made.hbm),
     "FLOPs": _number(made.flops),
     "bytes moved": _size(made.bytes_moved),
     "loop iterations": _number(made.loop_iterations),
