@@ -22,7 +22,7 @@ import rich.console
 import rich.table
 from absl import app, flags, logging
 
-from launch import inputs, loop, metrics, supervised
+from launch import inputs, interruption, loop, metrics, supervised
 from launch import mesh as meshes
 from launch.program import Program
 from launch.progress import Progress
@@ -118,7 +118,9 @@ def loop_seconds(program: Program) -> float:
   with tempfile.TemporaryDirectory() as folder:
     directory = pathlib.Path(folder)
     writer = metrics.Writer(directory, program.seeds)
-    loop.fit(program, directory / "stage", "stage", "bench", writer, clock, loop.Interruption())
+    loop.fit(
+      program, directory / "stage", "stage", "bench", writer, clock, interruption.Interruption()
+    )
   return clock.per_step()
 
 

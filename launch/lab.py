@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from launch import loop, metrics
+from launch.interruption import Interruption
 from launch.program import Program
 from launch.progress import Progress
 from launch.task import Evaluation, Task
@@ -34,7 +35,7 @@ class Lab:
     seeds: tuple[int, ...],
     label: str,
     progress: Progress,
-    interruption: loop.Interruption,
+    interruption: Interruption,
   ) -> None:
     self.mesh, self.directory, self.seeds = mesh, directory, seeds
     self.label, self.progress, self.interruption = label, progress, interruption

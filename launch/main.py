@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from launch import config as configs
 from launch import runner
 from launch.errors import ConfigurationError, TrainingError, nearest
-from launch.loop import Stopped
+from launch.interruption import Stopped
 
 FLAGS = flags.FLAGS
 

@@ -26,8 +26,8 @@ from launch import config as configs
 from launch import inputs, report
 from launch import mesh as meshes
 from launch.errors import ConfigurationError, nearest
+from launch.interruption import Interruption
 from launch.lab import Lab, slug
-from launch.loop import Interruption
 from launch.metrics import write_json
 from launch.program import Program
 from launch.progress import Progress

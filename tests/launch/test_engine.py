@@ -13,7 +13,16 @@ import numpy as np
 import optax
 import pytest
 
-from launch import ConfigurationError, TrainingError, loop, metrics, run, runner, table
+from launch import (
+  ConfigurationError,
+  TrainingError,
+  interruption,
+  loop,
+  metrics,
+  run,
+  runner,
+  table,
+)
 from launch import mesh as meshes
 from launch.checkpoints import Checkpoints
 from launch.program import Program
@@ -162,7 +171,7 @@ def test_a_run_goes_on_on_another_mesh(finished, toy, tmp_path, monkeypatch):
   """Half of the run on eight data shards, the rest on fsdp 4 x tensor 2."""
   workdir, _ = finished
 
-  class HalfWay(loop.Interruption):
+  class HalfWay(interruption.Interruption):
     reads = 0
 
     @property
@@ -173,7 +182,7 @@ def test_a_run_goes_on_on_another_mesh(finished, toy, tmp_path, monkeypatch):
     @signal.setter
     def signal(self, value): ...
 
-  with monkeypatch.context() as patch, pytest.raises(loop.Stopped):
+  with monkeypatch.context() as patch, pytest.raises(interruption.Stopped):
     patch.setattr(runner, "Interruption", HalfWay)
     run(toy, arm="adam", workdir=tmp_path, mesh="data=8")
   stopped, _ = final(tmp_path / "learning/adam/checkpoints/train")
@@ -379,7 +388,7 @@ def lab(one_device, tmp_path):
   import rich.console
 
   progress = runner.Progress(rich.console.Console(quiet=True))
-  return runner.Lab(one_device, tmp_path, (0, 1), "arm", progress, loop.Interruption())
+  return runner.Lab(one_device, tmp_path, (0, 1), "arm", progress, interruption.Interruption())
 
 
 def test_a_second_stage_starts_from_transformed_parameters(toy, lab):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from launch import ConfigurationError, loop, run, runner
+from launch import ConfigurationError, interruption, run, runner
 from launch import mesh as meshes
 from launch.checkpoints import Checkpoints
 from launch.program import Program
@@ -97,7 +97,7 @@ def test_one_seed_alone_is_that_seed_among_three(name, finished, one_device, tmp
 def test_stopped_and_resumed_it_ends_the_same(
   name, reads, finished, one_device, tmp_path, monkeypatch
 ):
-  class After(loop.Interruption):
+  class After(interruption.Interruption):
     """A signal that arrives after so many updates, in whichever stage."""
 
     count = 0
@@ -113,7 +113,7 @@ def test_stopped_and_resumed_it_ends_the_same(
   workdir, results = finished(name)
   with monkeypatch.context() as patch:
     patch.setattr(runner, "Interruption", After)
-    with pytest.raises(loop.Stopped):
+    with pytest.raises(interruption.Stopped):
       run(by_name[name], arm=first_arm[name], workdir=tmp_path, mesh=one_device)
   resumed = run(by_name[name], arm=first_arm[name], workdir=tmp_path, mesh=one_device)
   arm = f"toy/{first_arm[name]}"
