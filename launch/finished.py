@@ -1,5 +1,6 @@
 """A finished arm read back: its configuration and what it learnt, without its experiment."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 
-from launch.checkpoints import Checkpoints
+from launch.checkpoints import Checkpoints, digests
 from launch.errors import ConfigurationError, nearest
 from launch.lab import slug
 
@@ -78,13 +79,19 @@ def load(workdir: str | os.PathLike[str], arm: str, stage: str | None = None) ->
 
 def _restore(directory: pathlib.Path) -> dict[str, Any]:
   """Parameters and the other collections of the newest checkpoint, as numpy arrays."""
-  checkpoints = Checkpoints(directory)
-  path = directory.absolute() / str(checkpoints.latest()) / "state"
-  checkpoints.close()
+  with contextlib.closing(Checkpoints(directory)) as checkpoints:
+    path = directory.absolute() / str(checkpoints.latest())
   handler = ocp.PyTreeCheckpointHandler()
-  saved = handler.metadata(path)
-  wanted = {name: saved[name] for name in ("params", "variables")}
-  on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-  asked = ocp.args.PyTreeRestore(item=wanted, restore_args=on_host, partial_restore=True)
-  state = handler.restore(path, args=asked)
+  try:
+    saved = handler.metadata(path / "state")
+    wanted = {name: saved[name] for name in ("params", "variables")}
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    asked = ocp.args.PyTreeRestore(item=wanted, restore_args=on_host, partial_restore=True)
+    state = handler.restore(path / "state", args=asked)
+    record = json.loads((path / "record" / "metadata").read_text())["record"]
+  except Exception as error:  # whatever a parser met in a damaged file
+    raise ConfigurationError(f"{path} is damaged: {str(error).partition(chr(10))[0]}") from error
+  for name, digest in digests({field: state[field] for field in wanted}).items():
+    if digest != record["digests"][name]:
+      raise ConfigurationError(f"{path} is damaged: {name} is not what was saved")
   return {"params": state["params"], **state["variables"]}

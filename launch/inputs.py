@@ -76,7 +76,7 @@ class Batches:
     example: the fields to read and their dtypes.
     batch_size: rows of the global batch.
     seeds: one independent order a seed.
-    rows: this process's part of the global batch.
+    rows: this process's part of the global batch, increasing.
     stops: the updates done after each call, increasing.
   """
 
@@ -84,7 +84,7 @@ class Batches:
   example: Mapping[str, jax.ShapeDtypeStruct]
   batch_size: int
   seeds: tuple[int, ...]
-  rows: range
+  rows: Sequence[int]
   stops: Sequence[int]
 
   @functools.cached_property
@@ -102,8 +102,7 @@ class Batches:
 
   def indices(self, first: int, last: int) -> np.ndarray:
     """Which examples updates `first` to `last` - 1 read, (updates, S, rows) int64."""
-    starts = np.arange(first, last)[:, None] * self.batch_size
-    positions = starts + np.arange(self.rows.start, self.rows.stop)
+    positions = np.arange(first, last)[:, None] * self.batch_size + np.asarray(self.rows)
     epochs, places = np.divmod(positions, len(self.source))
     chosen = np.empty((len(self.seeds), *positions.shape), np.int64)
     for epoch in range(epochs[0, 0], epochs[-1, -1] + 1):
@@ -123,14 +122,17 @@ class Batches:
     return batch | {"mask": np.ones(indices.shape, np.float32)}
 
 
-def local_rows(sharding: NamedSharding, batch_size: int, axis: int) -> range:
-  """The rows of a global batch that this process's devices hold; `axis` is the batch axis."""
+@functools.lru_cache(maxsize=16)
+def local_rows(sharding: NamedSharding, batch_size: int, axis: int) -> tuple[int, ...]:
+  """The rows of a global batch that this process's devices hold; `axis` is the batch axis.
+
+  They need not be next to each other: where neighbouring devices are is the mesh's choice.
+  """
   shape = [1] * axis + [batch_size]
   spec = tuple(sharding.spec)[: axis + 1]
   rows = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
-  parts = {index[axis].indices(batch_size)[:2] for index in _addressable(rows, shape)}
-  start, stop = min(p[0] for p in parts), max(p[1] for p in parts)
-  return range(start, stop)
+  parts = (range(*index[axis].indices(batch_size)) for index in _addressable(rows, shape))
+  return tuple(sorted(set().union(*parts)))
 
 
 def _addressable(sharding: NamedSharding, shape: Sequence[int]):
@@ -147,24 +149,36 @@ def iterate(batches: Batches, step: int, threads: int = 1) -> Iterator[Arrays]:
 
 
 def evaluation_batches(
-  source: Source, example: Mapping[str, jax.ShapeDtypeStruct], batch_size: int, rows: range
+  source: Source,
+  example: Mapping[str, jax.ShapeDtypeStruct],
+  batch_size: int,
+  rows: Sequence[int],
 ) -> Iterator[Arrays]:
   """Every example once, in order, fields (rows, ...); the last batch is filled up with mask 0."""
   n = len(source)
   for start in range(0, n, batch_size):
-    indices = np.arange(start + rows.start, start + rows.stop)
+    indices = start + np.asarray(rows)
     fields = gather(source, np.minimum(indices, n - 1))
     batch = {k: np.asarray(fields[k], spec.dtype) for k, spec in example.items()}
     yield batch | {"mask": (indices < n).astype(np.float32)}
 
 
-def to_devices(arrays: Any, shardings: Any, batch_axis: int, batch_size: int) -> Any:
-  """Host arrays of this process to what a program with these input shardings takes."""
+def to_devices(
+  arrays: Arrays, shardings: Mapping[str, NamedSharding], batch_axis: int, batch_size: int
+) -> Mapping[str, Any]:
+  """Host arrays, of `local_rows`, to what a program with these input shardings takes."""
   if jax.process_count() == 1:
     return arrays  # the compiled call places them itself, faster than `jax.device_put`
+  rows = np.asarray(local_rows(shardings["mask"], batch_size, batch_axis))
 
   def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     shape = (*array.shape[:batch_axis], batch_size, *array.shape[batch_axis + 1 :])
-    return jax.make_array_from_process_local_data(sharding, array, shape)
 
-  return jax.tree.map(place, arrays, shardings)
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = index[batch_axis].indices(batch_size)
+      here = slice(*np.searchsorted(rows, (start, stop)))
+      return array[(*index[:batch_axis], here, *index[batch_axis + 1 :])]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  return {name: place(array, shardings[name]) for name, array in arrays.items()}

@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from launch import loop, metrics
 from launch.interruption import Interruption
+from launch.profiling import Trace
 from launch.program import Program
 from launch.progress import Progress
 from launch.task import Evaluation, Task
@@ -26,6 +28,7 @@ class Lab:
     directory: the arm's own work directory.
     parameters: trained parameters of one seed, of the newest stage.
     steps: updates of all stages so far.
+    failed: seed -> stage and what was not finite there.
   """
 
   def __init__(
@@ -36,13 +39,16 @@ class Lab:
     label: str,
     progress: Progress,
     interruption: Interruption,
+    profile: tuple[int, int] | None = None,
   ) -> None:
     self.mesh, self.directory, self.seeds = mesh, directory, seeds
     self.label, self.progress, self.interruption = label, progress, interruption
+    self.profile = profile
     self.writer = metrics.Writer(directory, seeds)
     self.parameters = 0
     self.steps = 0
     self.wall_s = 0.0
+    self.failed: dict[int, str] = {}
 
   def fit(self, stage: str, task: Task, variables: Any = None) -> loop.Fitted:
     """Trains a stage, or resumes it, or reads it back when it is finished.
@@ -65,6 +71,8 @@ class Lab:
     self.parameters = fitted.parameters
     self.steps += fitted.steps
     self.wall_s += fitted.wall_s
+    for seed, why in fitted.failed.items():
+      self.failed.setdefault(seed, f"{stage}: {why}")
     return fitted
 
   def _fit(self, stage: str, task: Task, seeds: tuple[int, ...], variables: Any) -> loop.Fitted:
@@ -73,8 +81,9 @@ class Lab:
     program = Program(task, self.mesh, seeds)
     directory = self.directory / "checkpoints" / stage
     writer = self.writer if seeds == self.seeds else metrics.Writer(self.directory, seeds)
+    trace = Trace(self.profile, self.directory / "profile" / stage)
     return loop.fit(
-      program, directory, stage, label, writer, self.progress, self.interruption, variables
+      program, directory, stage, label, writer, self.progress, self.interruption, variables, trace
     )
 
   def evaluate(
@@ -87,13 +96,16 @@ class Lab:
     program = Program(task, self.mesh, self.seeds)
     rest = {k: v for k, v in variables.items() if k != "params"}
     measurement = loop.Measurement(program, name, evaluation, evaluation.data())
-    return measurement(variables["params"], rest)
+    measured = measurement(variables["params"], rest)
+    alive = [seed not in self.failed for seed in self.seeds]
+    return {k: np.where(alive, v, np.nan).tolist() for k, v in measured.items()}
 
   def plot(self, name: str, draw: Callable[[Any], None], width: float = 6, height: float = 4):
     """Saves `NAME.png` in the arm's directory; `draw(figure)` fills a matplotlib figure."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    draw(figure)
-    figure.savefig(self.directory / f"{name}.png", dpi=150)
+    draw(figure)  # on every process, as it may compute
+    if jax.process_index() == 0:
+      figure.savefig(self.directory / f"{name}.png", dpi=150)
 
 
 def _together(parts: list[loop.Fitted]) -> loop.Fitted:
@@ -109,7 +121,7 @@ def _together(parts: list[loop.Fitted]) -> loop.Fitted:
     parameters=first.parameters,
     steps=first.steps,
     wall_s=sum(p.wall_s for p in parts),
-  )
+  )  # `failed` is empty: a run of one seed that fails stops
 
 
 def slug(name: str) -> str:

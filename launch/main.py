@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -11,11 +12,19 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from launch import config as configs
-from launch import runner
+from launch import processes, runner
 from launch.errors import ConfigurationError, TrainingError, nearest
-from launch.interruption import Stopped
+from launch.interruption import GRACE_S, Stopped
+from launch.profiling import parse_trace
 
 FLAGS = flags.FLAGS
+# The variables that a starter sets instead of the flags, so that one command serves all processes.
+VARIABLES = {
+  "coordinator": "JAX_COORDINATOR_ADDRESS",
+  "process_id": "JAX_PROCESS_ID",
+  "process_count": "JAX_NUM_PROCESSES",
+}
+COMMAND = "ROUNDUP_COMMAND"  # the starter's own command, for the record
 
 
 def main(name: str) -> None:
@@ -35,8 +44,19 @@ def main(name: str) -> None:
   flags.DEFINE_string(
     "mesh", "", "Sizes of mesh axes, such as data=4,fsdp=2. Default: all on data."
   )
+  flags.DEFINE_string("profile", None, "Updates of each stage to trace, STEP:COUNT.")
+  flags.DEFINE_float(
+    "grace", GRACE_S, "Seconds after SIGTERM at which it leaves, even if it could not save."
+  )
   flags.DEFINE_bool("distributed", False, "Join the processes of a pod or cluster first.")
   with _one_line():
+    for flag, define, meaning in (
+      ("coordinator", flags.DEFINE_string, "HOST:PORT of process 0"),
+      ("process_id", flags.DEFINE_integer, "This process, from 0"),
+      ("process_count", flags.DEFINE_integer, "All of them"),
+    ):
+      text = f"{meaning}; or ${VARIABLES[flag]}, or as the pod or cluster says."
+      define(flag, os.environ.get(VARIABLES[flag]), text)
     if scale not in module.SCALES:
       raise ConfigurationError(f"--scale: unknown scale {scale!r}{nearest(scale, module.SCALES)}")
     config = module.get_config(scale)
@@ -63,12 +83,26 @@ class _one_line:
   def __enter__(self) -> None: ...
 
   def __exit__(self, kind, error, trace) -> None:
-    if isinstance(error, ConfigurationError | TrainingError | FileNotFoundError | flags.Error):
-      print(f"error: {error}", file=sys.stderr)
-      sys.exit(1 if isinstance(error, TrainingError) else 2)
-    if isinstance(error, Stopped):
-      print(error, file=sys.stderr)
-      sys.exit(128 + error.signal)
+    text, status = _explained(error)
+    together = error is None or (isinstance(error, Stopped) and error.step is not None)
+    if processes.count() > 1:
+      processes.finish() if together else processes.fail(error, text, status)
+    if text is not None:
+      print(text, file=sys.stderr)
+      sys.exit(status)
+
+
+def _explained(error: BaseException | None) -> tuple[str | None, int]:
+  """The line that explains an error, if one does, and the exit code."""
+  if isinstance(error, ConfigurationError | FileNotFoundError | flags.Error):
+    return f"error: {error}", 2
+  if isinstance(error, TrainingError | OSError):
+    return f"error: {error}", 1
+  if isinstance(error, Stopped):
+    return str(error), 128 + error.signal
+  if isinstance(error, KeyboardInterrupt):
+    return "interrupted; run the same command again to go on", 128 + signal.SIGINT
+  return None, 1
 
 
 def _check_keys(config) -> None:
@@ -90,11 +124,13 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def _run(module, argv: Sequence[str]) -> None:
   del argv
   if not FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # checkpoints log every file they touch
+    logging.set_verbosity(logging.FATAL)  # what goes wrong is said by us, in one line
   use_compilation_cache()
   with _one_line():
     if FLAGS.distributed:
-      jax.distributed.initialize()
+      processes.join(**{flag: FLAGS[flag].value for flag in VARIABLES})
+    elif alone := [flag for flag in VARIABLES if FLAGS[flag].present]:
+      raise ConfigurationError(f"--{alone[0]} goes with --distributed")
     runner.run(
       module,
       scale=FLAGS.scale,
@@ -105,7 +141,9 @@ def _run(module, argv: Sequence[str]) -> None:
       workdir=FLAGS.workdir,
       mesh=FLAGS.mesh,
       console=rich.console.Console(quiet=jax.process_index() > 0),
-      command=runner.command_line(runner.slug_of(module)),
+      profile=None if FLAGS.profile is None else parse_trace(FLAGS.profile),
+      grace_s=FLAGS.grace,
+      command=os.environ.get(COMMAND) or runner.command_line(runner.slug_of(module)),
     )
 
 

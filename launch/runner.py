@@ -23,10 +23,10 @@ import rich.console
 from jax.sharding import Mesh
 
 from launch import config as configs
-from launch import inputs, report
+from launch import inputs, processes, report
 from launch import mesh as meshes
 from launch.errors import ConfigurationError, nearest
-from launch.interruption import Interruption
+from launch.interruption import GRACE_S, Interruption
 from launch.lab import Lab, slug
 from launch.metrics import write_json
 from launch.program import Program
@@ -68,6 +68,8 @@ def run(
   mesh: str | Mesh | None = None,
   console: rich.console.Console | None = None,
   command: str | None = None,
+  profile: tuple[int, int] | None = None,
+  grace_s: float = GRACE_S,
 ) -> dict[str, Any]:
   """Trains and judges an experiment's studies; finished arms of the same workdir are not repeated.
 
@@ -82,6 +84,8 @@ def run(
     mesh: `"data=4,fsdp=2"` or a mesh with the axes of `launch.mesh.AXES`.
     console: where to print; default: standard output.
     command: what repeats this run, for the record; default: one with the same arguments.
+    profile: trace so many updates of every stage from this one on, `(step, count)`.
+    grace_s: seconds after SIGTERM at which the process leaves, even if it could not save.
 
   Returns: what `verdict.json` holds: arms with their metrics, claims with their verdicts.
 
@@ -89,6 +93,10 @@ def run(
     ConfigurationError: something asked for does not exist or does not fit, before compilation.
     TrainingError: a loss or parameter is no longer finite.
   """
+  if jax.process_count() != processes.count():
+    raise ConfigurationError(
+      f"{jax.process_count()} processes: let launch.processes.join join them; it watches them too"
+    )
   module = find(experiment) if isinstance(experiment, str) else experiment
   name = slug_of(module)
   console = console or rich.console.Console()
@@ -115,22 +123,24 @@ def run(
   if command is None:
     chosen_by = {"scale": scale if scale != "laptop" else None, "study": study, "arm": arm}
     command = _command(name, chosen_by | {"seeds": seeds, "mesh": asked}, overrides or {})
-  progress, interruption = Progress(console), Interruption()
+  progress, interruption = Progress(console), Interruption(grace_s)
 
   def judged() -> dict[str, Any]:
     """Everything known so far, in `verdict.json` too: an unfinished run can be reported on."""
+    if jax.process_index() > 0:
+      return processes.first(None)
     verdict = assemble(module, scale, root) | {"command": command}
-    if jax.process_index() == 0:
-      root.mkdir(parents=True, exist_ok=True)
-      write_json(root / "verdict.json", verdict)
-    return verdict
+    root.mkdir(parents=True, exist_ok=True)
+    write_json(root / "verdict.json", verdict)
+    return processes.first(verdict)
 
   verdict = judged()
-  for s, config, directory, record in plan:
-    label, chosen = f"{s.name}/{record['arm']}", tuple(record["seeds"])
-    lab = Lab(mesh, directory, chosen, label, progress, interruption)
-    _run_arm(module, s, config, record, lab)
-    verdict = judged()
+  with interruption.listen():
+    for s, config, directory, record in plan:
+      label, chosen = f"{s.name}/{record['arm']}", tuple(record["seeds"])
+      lab = Lab(mesh, directory, chosen, label, progress, interruption, profile)
+      _run_arm(module, s, config, record, lab)
+      verdict = judged()
   if jax.process_index() == 0:
     for s in studies:
       report.plot_study(s, verdict, root / slug(s.name))
@@ -221,8 +231,8 @@ def _check_workdir(directory: pathlib.Path, record: dict[str, Any]) -> None:
 
 def _run_arm(module: ModuleType, study: Study, config: Any, record: Any, lab: Lab) -> None:
   result, console = lab.directory / "result.json", lab.progress.console
-  if result.exists():
-    commit = json.loads(result.read_text())["commit"]
+  commit = processes.first(json.loads(result.read_text())["commit"] if result.exists() else None)
+  if commit is not None:
     note = "" if commit == _commit() else f", by commit {commit}"
     console.print(f"{lab.label}  finished earlier{note}", highlight=False)
     return
@@ -246,6 +256,7 @@ def _run_arm(module: ModuleType, study: Study, config: Any, record: Any, lab: La
         "metrics": {k: [float(x) for x in v] for k, v in metrics.items()},
         "wall_s": round(wall_s, 2),
         "commit": _commit(),
+        "failed": lab.failed,
       },
     )
   console.print(f"{lab.label}  done in {wall_s:.0f} s", highlight=False)

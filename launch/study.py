@@ -156,7 +156,7 @@ def judge(claim: Claim, arms: Mapping[str, ArmMetrics]) -> dict[str, Any]:
   of = arms.get(claim.of, {}).get(claim.metric)
   against = arms.get(claim.against or "", {}).get(claim.against_metric or claim.metric)
   missing = of is None or (claim.against is not None and against is None)
-  if of is None or missing or not np.isfinite([*of, *(against or ())]).all():
+  if of is None or missing or not np.isfinite(np.array([*of, *(against or ())], float)).all():
     return {"verdict": "undecided", "estimate": None, "interval": [None, None], "seeds": 0}
   compare = paired if claim.of == claim.against else difference
   if against is None:

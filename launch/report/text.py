@@ -74,6 +74,9 @@ def show(
     shown = drawn(study, measured(arms_of(study, results)))
     title = f"{results['experiment']} {results['scale']}: {study.name}"
     console.print(_grid(title, arm_rows(study, results, shown)))
+    for arm, result in arms_of(study, results).items():
+      for seed, why in result.get("failed", {}).items():
+        console.print(f"   failed  {escape(arm)}, seed {seed}: {escape(why)}", highlight=False)
     for claim in claims_of(study, results):
       colour = COLOURS[claim["verdict"]]
       console.print(f"[{colour}]{claim['verdict']:>9}[/]  {escape(claim['name'])}", highlight=False)
@@ -120,8 +123,12 @@ def spread(values: Sequence[float] | None) -> str:
   """`mean ± half the 95 % interval` over seeds."""
   if values is None:
     return "-"
-  mean, low, high = interval(values)
-  return f"{mean:.4g} ± {(high - low) / 2:.2g}" if np.isfinite(low) else f"{mean:.4g}"
+  finite = [v for v in np.array(values, float) if np.isfinite(v)]
+  if not finite:
+    return "not finite"
+  mean, low, high = interval(finite)
+  text = f"{mean:.4g} ± {(high - low) / 2:.2g}" if np.isfinite(low) else f"{mean:.4g}"
+  return text if len(finite) == len(values) else f"{text} ({len(finite)} of {len(values)} seeds)"
 
 
 def found(claim: Mapping[str, Any]) -> str:

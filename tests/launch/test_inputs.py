@@ -112,4 +112,4 @@ def test_data_that_is_not_as_declared_is_named():
 def test_local_rows_cover_what_the_devices_hold():
   mesh = meshes.make({"data": 4, "tensor": 2})
   spec = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
-  assert inputs.local_rows(spec, 16, 1) == range(16)
+  assert inputs.local_rows(spec, 16, 1) == tuple(range(16))

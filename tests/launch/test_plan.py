@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from launch import ConfigurationError, Task
 from launch import mesh as meshes
 from launch import plan as plans
 from launch.plan import __main__ as command
-from launch.plan import hlo, libtpu, stages, topologies
+from launch.plan import hlo, libtpu, roofline, stages, topologies
 from launch.program import Program
 
 with_libtpu = pytest.mark.skipif(not libtpu.installed(), reason="libtpu is not installed")
@@ -178,7 +179,8 @@ def test_traffic_without_loops_is_the_compilers():
     specs=[(), ()],
   )
   module = hlo.parse(program.as_text())
-  assert hlo.repeated_flops(module) == 0
+  counted = program.cost_analysis()["flops"]
+  assert hlo.flops(module, counted) == counted
   assert hlo.traffic(module) == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.05)
 
 
@@ -197,7 +199,7 @@ def test_loops_count_as_often_as_they_run():
   program = compiled(function, (64, 32), (32, 32), (4096, 1, 32), mesh=mesh, specs=[(), (), ()])
   module = hlo.parse(program.as_text())
   assert hlo.iterations(module) == 4 + 12
-  flops = program.cost_analysis()["flops"] + hlo.repeated_flops(module)
+  flops = hlo.flops(module, program.cost_analysis()["flops"])
   assert flops == pytest.approx(12 * 2 * 64 * 32 * 32, rel=0.1)
   assert hlo.traffic(module) < 3 * 4096 * 32 * 4  # the rows in and out, not at every step
   assert hlo.loop_copies(module) < 1000
@@ -252,8 +254,8 @@ def test_flops_of_loops_on_a_tpu():
 
   def text(steps):
     function = lambda x, w: jax.lax.fori_loop(0, steps, lambda _, x: x @ w, x)  # noqa: E731
-    program = plans._compile(jax.jit(function).lower(x, w))
-    return program.cost_analysis()["flops"] + hlo.repeated_flops(hlo.parse(program.as_text()))
+    program, _ = plans._compile(jax.jit(function).lower(x, w))
+    return roofline.roofline(program, device.device_kind).flops
 
   assert text(7) == pytest.approx(7 * 2 * 6 * 256 * 128 * 128, rel=0.02)
 
@@ -264,21 +266,21 @@ def test_flops_of_loops_on_a_tpu():
 WIDTH = 1024
 
 
-def task(logical=("embed", "mlp"), **fields):
+def task(logical=("embed", "mlp"), width=WIDTH, **fields):
   """One large parameter."""
   import flax.linen as nn
 
   def init(key):
-    w = jax.random.normal(key, (WIDTH, WIDTH))
+    w = jax.random.normal(key, (width, width))
     return {"params": {"w": nn.LogicallyPartitioned(w, logical)}}
 
   def loss(params, variables, batch, key, *, train):
     value = jnp.mean((batch["inputs"] @ params["w"]) ** 2)
     return value, ({"loss": (value, jnp.ones(()))}, variables)
 
-  example = {"inputs": jax.ShapeDtypeStruct((WIDTH,), np.float32)}
-  defaults = {"optimizer": optax.adam(1e-3), "example": example, "batch_size": 16, "steps": 1}
-  return Task(init=init, loss=loss, **(defaults | fields))
+  example = {"inputs": jax.ShapeDtypeStruct((width,), np.float32)}
+  defaults = {"init": init, "loss": loss, "optimizer": optax.adam(1e-3), "example": example, "batch_size": 16, "steps": 1}
+  return Task(**(defaults | fields))
 
 
 def test_a_plan_counts_memory_and_arithmetic():
@@ -312,18 +314,57 @@ def test_seeds_that_cannot_be_mapped_are_planned_one_by_one():
 
 
 @pytest.mark.parametrize(
-  ("logical", "whole"),
+  ("logical", "width", "warning"),
   [
-    (("embed", "mlp"), None),
-    ((None, "mlp"), "fsdp=2"),
-    (("embed", None), "tensor=2"),
-    ((None, None), "fsdp=2 and tensor=2"),
+    (("embed", "mlp"), WIDTH, None),
+    ((None, "mlp"), WIDTH, "(None, mlp), 4.2 MB, is replicated over fsdp=2: none .* is embed$"),
+    (("embed", None), WIDTH, "(embed, None), .* over tensor=2: none of its axes is vocab or .*mlp"),
+    ((None, None), WIDTH, "(None, None), .* over fsdp=2 and tensor=2: none .* embed; none .* mlp"),
+    (("embed", "mlp"), WIDTH + 1, "over fsdp=2 and tensor=2: embed = 1025 does not d.*; mlp = 1025"),
+    (("embed", "mlp"), 400, None),  # small
   ],
 )
-def test_large_replicated_parameters_are_named(logical, whole):
+def test_large_replicated_parameters_are_named(logical, width, warning):
   mesh = meshes.make({"data": 2, "fsdp": 2, "tensor": 2})
-  found = plans._replicated(Program(task(logical), mesh, (0, 1)))
-  assert found == ([] if whole is None else [f"params/w, 4.2 MB, is replicated over {whole}"])
+  found = plans._replicated(Program(task(logical, width=width), mesh, (0, 1)))
+  assert len(found) == (warning is not None)
+  if warning is not None:
+    assert found[0].startswith("params/w (")
+    assert re.search(warning.replace("(", r"\(").replace(")", r"\)"), found[0])
+
+
+@pytest.mark.parametrize("topology", ["host-8", pytest.param("v5e-8", marks=with_libtpu)])
+def test_what_the_compiler_reshards_at_all_costs_is_told_in_its_words(topology):
+  """From all chips on the rows to other chips on both axes there is no way but the whole."""
+
+  def init(key):
+    return {"params": {"w": jnp.ones((8, WIDTH))}}
+
+  def loss(params, variables, batch, key, *, train):
+    rows = PartitionSpec(("fsdp", "data", "tensor"))
+    x = jax.lax.with_sharding_constraint(batch["inputs"], rows)
+    y = jax.lax.with_sharding_constraint(jnp.sin(x) * 2, PartitionSpec("tensor", "data"))
+    value = jnp.mean(jnp.cos(y) * params["w"].mean())
+    return value, ({"loss": (value, jnp.ones(()))}, variables)
+
+  example = {"inputs": jax.ShapeDtypeStruct((WIDTH,), np.float32)}
+  moving = task(init=init, loss=loss, example=example, batch_size=512)
+  made = plans.plan(moving, topology, {"data": 2, "fsdp": 2, "tensor": 2})
+  (line,) = (w for w in made.warnings if w.startswith("involuntary full rematerialization"))
+  assert "The compiler cannot go from sharding {devices=" in line
+  calm = plans.plan(task(), topology, {"data": 2, "fsdp": 2, "tensor": 2})
+  assert calm.warnings == []
+
+
+def test_a_resharded_activation_is_a_warning():
+  def loss(params, variables, batch, key, *, train):
+    x = jnp.sin(batch["inputs"] @ params["w"])
+    x = jnp.cos(jax.lax.with_sharding_constraint(x, PartitionSpec(None, "data")))
+    value = jnp.mean(x)
+    return value, ({"loss": (value, jnp.ones(()))}, variables)
+
+  made = plans.plan(task(loss=loss, batch_size=4096), "host-8")
+  assert made.warnings == []
 
 
 def test_a_plan_is_numbers_and_is_kept_by_content(tmp_path, monkeypatch):
@@ -336,7 +377,7 @@ def test_a_plan_is_numbers_and_is_kept_by_content(tmp_path, monkeypatch):
 
 
 def test_what_does_not_fit_says_so_and_names_buffers(monkeypatch):
-  monkeypatch.setitem(topologies.CHIPS, "host", topologies.Chip(1e6, 1e9, 1e12, 1e9))
+  monkeypatch.setitem(roofline.CHIPS, "host", roofline.Chip(1e6, 1e9, 1e12, 1e9))
   made = plans.plan(task(), "host-2")
   assert made.fits is False
   assert made.largest[0]["bytes"] == 4 * WIDTH * WIDTH
@@ -374,7 +415,7 @@ def test_slices_exchange_over_the_network():
   (row,) = (r for r in made.collectives if r["kind"] == "between slices")
   # The gradient, a half for each part of tensor, in two parts within a slice.
   assert row["bytes"] == pytest.approx(4 * WIDTH * WIDTH // 4, rel=0.01)
-  assert made.times["network"] == row["bytes"] / topologies.CHIPS["v5e"].network
+  assert made.times["network"] == row["bytes"] / roofline.CHIPS["v5e"].network
   with pytest.raises(ConfigurationError, match="data=1 does not divide among 2 slices"):
     plans.plan(task(), "v5e-4x2", {"data": 1, "tensor": 8})
 
@@ -402,8 +443,8 @@ def test_the_command_prints_tables_or_json(capsys, tmp_path, monkeypatch):
   shown = capsys.readouterr().out
   for part in ("s5 laptop train: host-8 (8 chips, data=4, tensor=2), 2 seeds", "largest buffers"):
     assert part in shown
-  monkeypatch.setitem(topologies.CHIPS, "host", topologies.Chip(hbm=1e5))
-  monkeypatch.setattr(plans, "_fingerprint", lambda *_: "another")
+  monkeypatch.setitem(roofline.CHIPS, "host", roofline.Chip(hbm=1e5))
+  monkeypatch.setattr(plans, "_content", lambda *_: "another")
   assert command.main(words) == 1
   assert "does not fit" in capsys.readouterr().out
 
