@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from launch import processes
+from launch import processes, storage
 from launch.errors import TrainingError
 from launch.task import State
 
@@ -36,15 +36,22 @@ class Checkpoints:
   def __init__(self, directory: pathlib.Path, keep: int = 2) -> None:
     self.directory = directory
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
+      max_to_keep=keep,
+      create=True,
+      enable_async_checkpointing=True,
+      cleanup_tmp_directories=True,
+      **storage.checkpoint_options(directory),
     )
-    self.manager = ocp.CheckpointManager(directory.absolute(), options=options)
+    self.manager = ocp.CheckpointManager(storage.absolute(directory), options=options)
 
   def latest(self) -> int | None:
     return self.manager.latest_step()
 
   def on_disk(self) -> int | None:
     """The newest step that is whole, by its directory alone."""
+    if storage.remote(self.directory):
+      marks = self.directory.glob("*/commit_success.txt")
+      return max((int(mark.parent.name) for mark in marks), default=None)
     return max(ocp.utils.checkpoint_steps(self.directory), default=None)
 
   def save(self, step: int, state: State, record: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 
+from launch import storage
 from launch.checkpoints import Checkpoints, digests
 from launch.errors import ConfigurationError, nearest
 from launch.lab import slug
@@ -44,14 +45,14 @@ def load(workdir: str | os.PathLike[str], arm: str, stage: str | None = None) ->
   """Reads what a finished stage learnt, on any machine, whatever mesh it was trained on.
 
   Args:
-    workdir: what a run wrote, such as `runs/s5/laptop`.
+    workdir: what a run wrote, such as `runs/s5/laptop` or `gs://BUCKET/runs/s5/laptop`.
     arm: with its study, as in the results: `"accuracy/s5"`.
     stage: may be left out where the arm has one.
 
   Raises:
     ConfigurationError: there is no such arm or stage, or it is not finished.
   """
-  root = pathlib.Path(workdir)
+  root = storage.path(workdir)
   records = [json.loads(path.read_text()) for path in sorted(root.glob("*/*/config.json"))]
   arms = {f"{r['study']}/{r['arm']}": r for r in records}
   if arm not in arms:
@@ -80,7 +81,7 @@ def load(workdir: str | os.PathLike[str], arm: str, stage: str | None = None) ->
 def _restore(directory: pathlib.Path) -> dict[str, Any]:
   """Parameters and the other collections of the newest checkpoint, as numpy arrays."""
   with contextlib.closing(Checkpoints(directory)) as checkpoints:
-    path = directory.absolute() / str(checkpoints.latest())
+    path = storage.absolute(directory) / str(checkpoints.latest())
   handler = ocp.PyTreeCheckpointHandler()
   try:
     saved = handler.metadata(path / "state")

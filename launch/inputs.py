@@ -38,7 +38,10 @@ def check(source: Source, example: Mapping[str, jax.ShapeDtypeStruct], where: st
   """Holds the first example against the declared shapes and dtypes."""
   if not len(source):
     raise ConfigurationError(f"{where}: the data is empty")
-  first = source[0]
+  try:
+    first = source[0]
+  except (OSError, RuntimeError) as error:  # a shard that is missing or cut short
+    raise ConfigurationError(f"{where}: the data cannot be read ({error})") from error
   for name, spec in example.items():
     if name not in first:
       raise ConfigurationError(f"{where}: examples have no field {name!r}{nearest(name, first)}")
@@ -174,7 +177,7 @@ def to_devices(
   def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     shape = (*array.shape[:batch_axis], batch_size, *array.shape[batch_axis + 1 :])
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
       start, stop, _ = index[batch_axis].indices(batch_size)
       here = slice(*np.searchsorted(rows, (start, stop)))
       return array[(*index[:batch_axis], here, *index[batch_axis + 1 :])]

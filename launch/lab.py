@@ -1,5 +1,6 @@
 """Lab: what a running arm is given by the engine."""
 
+import io
 import pathlib
 import re
 from collections.abc import Callable
@@ -105,7 +106,9 @@ class Lab:
     figure = Figure(figsize=(width, height), layout="constrained")
     draw(figure)  # on every process, as it may compute
     if jax.process_index() == 0:
-      figure.savefig(self.directory / f"{name}.png", dpi=150)
+      buffer = io.BytesIO()
+      figure.savefig(buffer, dpi=150)
+      (self.directory / f"{name}.png").write_bytes(buffer.getvalue())
 
 
 def _together(parts: list[loop.Fitted]) -> loop.Fitted:

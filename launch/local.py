@@ -83,11 +83,15 @@ def environment(port: int, index: int, count: int, devices: int, command: str) -
   """What tells a process its place. The command line is the same for all, as on a pod."""
   flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", ""))
   place = {"coordinator": f"localhost:{port}", "process_id": index, "process_count": count}
+  # A thread of XLA's pool that waits in gloo does nothing else: with as many devices as cores, none
+  # would be left for the work that is waited for.
+  threads = 2 * devices + (os.cpu_count() or 1)
   return (
     dict(os.environ)
     | {VARIABLES[flag]: str(value) for flag, value in place.items()}
     | {
       "JAX_PLATFORMS": "cpu",
+      "NPROC": str(threads),
       "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
       COMMAND: command,
     }
@@ -133,7 +137,7 @@ def run(flags: argparse.Namespace, experiment: Sequence[str]) -> int:
 
 
 def wait(children: Sequence[subprocess.Popen], logs: pathlib.Path) -> int:
-  """Until all have ended; says which failed first and kills those that do not follow it."""
+  """Until all have ended; says which failed, and kills those that do not follow the first."""
   status, until = 0, float("inf")
   left = dict(enumerate(children))
   while left:
@@ -141,9 +145,10 @@ def wait(children: Sequence[subprocess.Popen], logs: pathlib.Path) -> int:
       if child.poll() is None:
         continue
       del left[index]
+      if child.returncode:
+        say(f"process {index} {_ending(child.returncode)}{'' if status else _last(index, logs)}")
       if child.returncode and not status:
         status, until = _status(child.returncode), time.monotonic() + PATIENCE_S
-        say(f"process {index} {_ending(child.returncode)}{_last(index, logs)}")
     if time.monotonic() > until:
       late = ", ".join(map(str, left))
       say(f"still there {PATIENCE_S:.0f} s after the first: process {late}; killed")

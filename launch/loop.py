@@ -278,7 +278,15 @@ class _Run:
   def evaluate(self) -> None:
     values: dict[str, list[float]] = {}
     for measurement in self.measured:
-      values |= measurement(self.state.params, self.state.variables)
+      try:
+        values |= measurement(self.state.params, self.state.variables)
+      except (OSError, RuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError | TrainingError):
+          raise
+        raise TrainingError(
+          f"{self.label}: {measurement.name} cannot be measured ({error}); the same command goes on"
+          f" from step {self.checkpoints.latest() or 0}"
+        ) from error
     if values:
       masked = {k: np.where(self.alive, v, math.nan).tolist() for k, v in values.items()}
       self.history.append({"step": self.step, "values": masked})
@@ -319,6 +327,7 @@ class _Run:
     record = {"next_index": self.step, "history": self.history, "wall_s": self.wall_s}
     record["failed"] = {str(seed): why for seed, why in self.failed.items()}
     self.retry_at = None
+    self.writer.sync()
     with self.not_fatal():
       self.checkpoints.save(self.step, self.state, record)
 

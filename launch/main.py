@@ -50,13 +50,13 @@ def main(name: str) -> None:
   )
   flags.DEFINE_bool("distributed", False, "Join the processes of a pod or cluster first.")
   with _one_line():
-    for flag, define, meaning in (
+    for key, define, meaning in (
       ("coordinator", flags.DEFINE_string, "HOST:PORT of process 0"),
       ("process_id", flags.DEFINE_integer, "This process, from 0"),
       ("process_count", flags.DEFINE_integer, "All of them"),
     ):
-      text = f"{meaning}; or ${VARIABLES[flag]}, or as the pod or cluster says."
-      define(flag, os.environ.get(VARIABLES[flag]), text)
+      text = f"{meaning}; or ${VARIABLES[key]}, or as the pod or cluster says."
+      define(key, os.environ.get(VARIABLES[key]), text)
     if scale not in module.SCALES:
       raise ConfigurationError(f"--scale: unknown scale {scale!r}{nearest(scale, module.SCALES)}")
     config = module.get_config(scale)

@@ -14,14 +14,14 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from launch import storage
+
 Values = Mapping[str, Sequence[float]]  # metric -> one value a seed
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a file whole or not at all. A number that is not finite becomes null."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(json.dumps(_plain(value), indent=1) + "\n")
-  partial.replace(path)
+  storage.write_text(path, json.dumps(_plain(value), indent=1) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -41,8 +41,9 @@ class Writer:
   """
 
   def __init__(self, directory: pathlib.Path, seeds: Sequence[int]) -> None:
-    self.path = directory / "metrics.jsonl"
-    self.directory = directory / "tensorboard"
+    self.mirror = storage.Mirror(directory)
+    self.path = self.mirror.local / "metrics.jsonl"
+    self.directory = self.mirror.local / "tensorboard"
     self.seeds = tuple(seeds)
     self.boards: list[EventsWriter] = []
     self.stage = ""
@@ -54,11 +55,10 @@ class Writer:
       return
     self.close()
     self.stage = stage
+    self.mirror.fetch(self.path.name)
     if self.path.exists():
       records = [line for line in self.path.read_text().splitlines() if _kept(line, stage, step)]
-      partial = self.path.with_name(self.path.name + ".partial")
-      partial.write_text("".join(line + "\n" for line in records))
-      partial.replace(self.path)
+      storage.write_text(self.path, "".join(line + "\n" for line in records))
     for seed in self.seeds:
       directory = self.directory / f"{stage}-seed{seed}"
       directory.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,13 @@ class Writer:
         board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
         board.flush()
 
+  def sync(self) -> None:
+    """Before a checkpoint: a run that resumes from it must find what was written until then."""
+    with contextlib.suppress(OSError):  # tried again with the next one
+      self.mirror.upload()
+
   def close(self) -> None:
+    """Raises `OSError` when an object store does not take what was written."""
     with contextlib.suppress(OSError):
       if self.unwritten:
         _append(self.path, self.unwritten)
@@ -92,6 +98,7 @@ class Writer:
       for board in self.boards:
         board.close()
     self.boards = []
+    self.mirror.upload()
 
 
 def _append(path: pathlib.Path, text: str) -> None:

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,7 +27,8 @@ BEAT_S = 2.0  # a sign of life this often
 LOST_S = 30.0  # a process without one for so long is lost,
 SUSPECT_S = 8.0  # or for so long where a collective has failed
 HEARTBEAT_S = 50  # of jax itself, for the case that the thread cannot run
-LINGER_S = 10.0  # how long process 0, which has the store, waits for the others to leave
+LINGER_S = 10.0  # how long process 0, which has the store, waits for the others to leave,
+LAST_S = 1.0  # and then for their ends: jax aborts a process that loses the store
 JOIN_S = 300  # how long processes wait for each other at the start
 FOREVER_MS = 7 * 24 * 3600 * 1000  # who waits for a process that is lost is ended by the thread
 AGAIN = "run the same command again to go on from the newest checkpoint"
@@ -86,8 +86,21 @@ def join(
       why = "no TPU pod, Slurm, MPI or Kubernetes job is recognised; give --coordinator=HOST:PORT"
       why += " --process_id=I --process_count=N"
     raise ConfigurationError(f"--distributed: {why}") from error
+  if os.environ.get("JAX_PLATFORMS") == "cpu":
+    _hush()
   _watch = _Watch()
   _watch.start()
+  if _watch.index > 0:
+    threading.Thread(target=_watch.hold, daemon=True).start()
+
+
+def _hush() -> None:
+  """Keeps gloo's greetings, which native code prints, off standard output."""
+  sys.stdout.flush()
+  sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+  null = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(null, 1)
+  os.close(null)
 
 
 def first(value: Any) -> Any:
@@ -135,7 +148,8 @@ def leave(text: str, status: int) -> None:
   if _watch is not None:
     who = _named(_watch.index, {"host": socket.gethostname(), "pid": os.getpid()})
     _watch.leave(text, status, f"{who} has left: {text}")
-  _exit(text, status)
+  _say(text)
+  os._exit(status)
 
 
 def fail(error: BaseException, text: str | None, status: int) -> None:
@@ -164,12 +178,11 @@ def _chain(error: BaseException | None) -> str:
   return "\n".join(texts)
 
 
-def _exit(text: str, status: int) -> None:
+def _say(text: str) -> None:
   with contextlib.suppress(OSError, ValueError):  # a closed pipe is no reason to stay
     sys.stdout.flush()
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar has hidden it
     print(f"{show_cursor}{text}", file=sys.stderr, flush=True)
-  os._exit(status)
 
 
 class _Watch(threading.Thread):
@@ -184,9 +197,10 @@ class _Watch(threading.Thread):
     state = distributed.global_state
     self.client: Any = state.client
     self.index, self.count = state.process_id, state.num_processes
-    self.coordinator = state.coordinator_address
+    self.coordinator = str(state.coordinator_address)
     self.suspects = False  # a collective of this process has failed
     self.over = False
+    self.lost = 0  # processes that will not tell that they leave
     self.calls = 0  # of first and gathered
     self.leaving = threading.Lock()
     self.wake = threading.Event()
@@ -227,11 +241,16 @@ class _Watch(threading.Thread):
 
   def run(self) -> None:
     # Of every process: its last sign of life, and when.
-    seen = {
+    seen: dict[int, tuple[Any, float]] = {
       i: ({"host": "unknown", "pid": "unknown", "beat": 0}, time.monotonic())
       for i in range(self.count)
     }
-    sign = {"host": socket.gethostname(), "pid": os.getpid(), "beat": 0, "suspects": False}
+    sign: dict[str, Any] = {
+      "host": socket.gethostname(),
+      "pid": os.getpid(),
+      "beat": 0,
+      "suspects": False,
+    }
     try:
       while not self.over:
         sign |= {"beat": sign["beat"] + 1, "suspects": self.suspects}
@@ -244,13 +263,34 @@ class _Watch(threading.Thread):
         self._meet(told)
         self.wake.wait(0.05 if self.waiting else BEAT_S)
         self.wake.clear()
-    except Exception as error:
-      if not self.over:
-        self.leave(
-          f"error: process 0 ({self.coordinator}), which coordinates the others, was lost"
-          f" ({str(error).splitlines()[0][:120]}); {AGAIN}",
-          1,
-        )
+    except Exception:
+      self._without_coordinator()
+
+  def hold(self) -> None:
+    """Keeps a connection to the coordination service: its end tells at once that process 0 is gone.
+
+    jax's own client aborts this process a moment later, with a page of text. The service hangs up
+    on who says nothing for a minute, so only one that cannot be reached again is gone.
+    """
+    host, _, port = self.coordinator.rpartition(":")
+    while True:
+      try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=BEAT_S) as connection:
+          connection.settimeout(None)
+          while connection.recv(4096):
+            pass
+      except ConnectionRefusedError:
+        self._without_coordinator()
+        return
+      except OSError:
+        time.sleep(BEAT_S)
+
+  def _without_coordinator(self) -> None:
+    if self.over:
+      return
+    self.leaving.acquire()
+    _say(f"error: process 0 ({self.coordinator}), which coordinates the others, was lost; {AGAIN}")
+    os._exit(1)
 
   def _look(self, seen: dict[int, tuple[Any, float]]) -> None:
     """Process 0 looks for a process that has left or is lost, and tells all."""
@@ -262,10 +302,11 @@ class _Watch(threading.Thread):
       who = _named(int(process), seen[int(process)][0])
       self.leave(f"{who} has left: {why['text']}", why["status"])
     patience = SUSPECT_S if any(sign["suspects"] for sign in beats.values()) else LOST_S
-    process = min(seen, key=lambda p: seen[p][1])
-    silent = now - seen[process][1]
+    quietest = min(seen, key=lambda i: seen[i][1])
+    silent = now - seen[quietest][1]
     if silent > patience:
-      who = _named(process, seen[process][0])
+      who = _named(quietest, seen[quietest][0])
+      self.lost = 1
       self.leave(f"error: {who} was lost: no sign of life for {silent:.0f} s; {AGAIN}", 1)
 
   def _meet(self, told: dict[str, Any]) -> None:
@@ -289,14 +330,18 @@ class _Watch(threading.Thread):
   def leave(self, text: str, status: int, told: str | None = None) -> None:
     """Ends this process; `told` is what process 0 tells the others in place of `text`."""
     self.leaving.acquire()  # for good: one thread speaks, the others wait for the end
+    _say(text)
     with contextlib.suppress(Exception):  # the store may be gone
       if self.index == 0:
         self._set("all/end", {"text": told or text, "status": status})
       self._set(f"left/{self.index}", {"text": text, "status": status})
       until = time.monotonic() + LINGER_S
-      while self.index == 0 and time.monotonic() < until and len(self._all("left")) < self.count:
+      while self.index == 0 and len(self._all("left")) + self.lost < self.count:
+        if time.monotonic() > until:
+          break
         time.sleep(0.1)
-    _exit(text, status)
+      time.sleep(LAST_S if self.index == 0 else 0)
+    os._exit(status)
 
   def _set(self, key: str, value: Any, overwrite: bool = True) -> None:
     self.client.key_value_set(f"roundup/{key}", json.dumps(value), allow_overwrite=overwrite)
@@ -311,17 +356,3 @@ def _named(process: int, sign: dict[str, Any]) -> str:
 
 
 _watch: _Watch | None = None
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-  """Keeps what native code prints on standard output off it (gloo's greeting of every rank)."""
-  sys.stdout.flush()
-  kept, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-  os.dup2(null, 1)
-  try:
-    yield
-  finally:
-    os.dup2(kept, 1)
-    os.close(kept)
-    os.close(null)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from launch import storage
 from launch.errors import ConfigurationError
 from launch.program import Program
 
@@ -113,13 +114,13 @@ class Trace:
 
   def __init__(self, asked: tuple[int, int] | None, directory: pathlib.Path) -> None:
     self.first, self.count = asked or (-1, 0)
-    self.directory = directory
+    self.mirror = storage.Mirror(directory)
     self.state = "wanted" if self.count else "done"
 
   def begin(self, step: int) -> None:
     if self.state == "wanted" and step >= self.first and jax.process_index() == 0:
       self.first, self.state = step, "tracing"
-      jax.profiler.start_trace(self.directory, create_perfetto_trace=True)
+      jax.profiler.start_trace(self.mirror.local, create_perfetto_trace=True)
 
   def end(self, step: int, result: Any) -> str | None:
     """Ends the trace when it is long enough; where it is, for the display."""
@@ -128,7 +129,10 @@ class Trace:
     jax.block_until_ready(result)
     jax.profiler.stop_trace()
     self.state = "done"
-    file = max(self.directory.rglob("perfetto_trace.json.gz"), key=lambda f: f.stat().st_mtime)
+    found = self.mirror.local.rglob("perfetto_trace.json.gz")
+    newest = max(found, key=storage.modified).relative_to(self.mirror.local)
+    self.mirror.upload()
+    file = self.mirror.folder / newest
     return f"traced steps {self.first + 1} to {step}: {file} (https://ui.perfetto.dev, or XProf)"
 
 

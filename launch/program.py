@@ -95,7 +95,7 @@ class Program:
     }
 
   @property
-  def rows(self) -> range:
+  def rows(self) -> tuple[int, ...]:
     """The rows of a training batch that this process feeds."""
     return inputs.local_rows(self.batch_shardings["mask"], self.task.batch_size, 2)
 

@@ -23,7 +23,7 @@ import rich.console
 from jax.sharding import Mesh
 
 from launch import config as configs
-from launch import inputs, processes, report
+from launch import inputs, processes, report, storage
 from launch import mesh as meshes
 from launch.errors import ConfigurationError, nearest
 from launch.interruption import GRACE_S, Interruption
@@ -80,7 +80,7 @@ def run(
     arm: which arms; default: all. Claims about arms that were not run stay unjudged.
     seeds: how many seeds, or which ones; default: the study's.
     overrides: `{"optimizer.lr": 1e-3}`, beneath the arms' own overrides.
-    workdir: where everything goes; default `runs/EXPERIMENT/SCALE`.
+    workdir: where everything goes, a path or gs:// or s3://; default `runs/EXPERIMENT/SCALE`.
     mesh: `"data=4,fsdp=2"` or a mesh with the axes of `launch.mesh.AXES`.
     console: where to print; default: standard output.
     command: what repeats this run, for the record; default: one with the same arguments.
@@ -107,7 +107,7 @@ def run(
   asked = mesh if isinstance(mesh, str) else None
   if not isinstance(mesh, Mesh):
     mesh = meshes.make(meshes.parse(mesh or ""))
-  root = pathlib.Path(workdir) if workdir is not None else pathlib.Path("runs") / name / scale
+  root = storage.path(workdir or pathlib.Path("runs", name, scale))
   plan = []
   for s in studies:
     for a in arms[s.name]:

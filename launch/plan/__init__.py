@@ -6,6 +6,7 @@ and of the input comes on top. Evaluations are not planned.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -17,11 +18,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
+from jax.sharding import PartitionSpec
 
 from launch import mesh as meshes
 from launch.metrics import write_json
-from launch.plan import hlo, libtpu, topologies
+from launch.plan import hlo, libtpu, roofline, topologies
 from launch.program import Program
 from launch.task import Task
 
@@ -57,6 +60,7 @@ class Plan:
     largest: the largest buffers, `name, bytes`.
     warnings: what deserves a look.
     unknown: what this plan says nothing about.
+    content: a digest of all that it depends on.
   """
 
   topology: str
@@ -82,6 +86,7 @@ class Plan:
   largest: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   warnings: list[str] = dataclasses.field(default_factory=list)
   unknown: list[str] = dataclasses.field(default_factory=list)
+  content: str = ""
 
 
 def cache_folder() -> pathlib.Path:
@@ -96,6 +101,7 @@ def plan(
   sizes: Mapping[str, int] | None = None,
   seeds: tuple[int, ...] = (0,),
   cache: pathlib.Path | None = None,
+  cached_only: bool = False,
 ) -> Plan:
   """Compiles one update of `task` for `topology`, without data and without the devices.
 
@@ -104,24 +110,20 @@ def plan(
     topology: such as `v5e-16`; see `launch.plan.topologies`.
     sizes: of the mesh axes; default: all chips on `data`.
     seeds: trained side by side.
-    cache: a folder of plans made earlier, by the content of the lowered program and the compiler.
+    cache: a folder of plans made earlier, by content.
+    cached_only: whether to lower the program and to compile nothing.
 
   Raises:
     ConfigurationError: there is no such topology, libtpu is missing, or the mesh does not fit the
       chips or the batch.
+    LookupError: the plan is not in the cache, and `cached_only`.
   """
   where = topologies.parse(topology)
   side_by_side = seeds if task.map_seeds else seeds[:1]
   program = Program(task, meshes.make(sizes, where.devices()), side_by_side)
-  lowered = _lower(program, where)
   compiler = f"libtpu {libtpu.version()}"
   if not where.shape:
     compiler = f"jaxlib {importlib.metadata.version('jaxlib')}"
-  path = None
-  if cache is not None:
-    path = cache / f"{_fingerprint(lowered.as_text(), compiler, where.name, program)}.json"
-    if path.exists():
-      return Plan(**json.loads(path.read_text()))
   known = Plan(
     topology=topology,
     chips=where.chips,
@@ -131,6 +133,18 @@ def plan(
     compiler=compiler,
     warnings=_replicated(program),
   )
+  try:
+    lowered = _lower(program, where)
+  except NotImplementedError as error:
+    if "not found for platform" not in str(error):  # a mistake of the model, then
+      raise
+    return _refused(program, where, known, str(error))
+  known = dataclasses.replace(known, content=_content(lowered.as_text(), program, known))
+  path = None if cache is None else cache / f"{known.content}.json"
+  if path is not None and path.exists():
+    return Plan(**json.loads(path.read_text()))
+  if cached_only:
+    raise LookupError(f"no plan of this content in {cache}")
   if where.kind == "cuda":
     made = _lowered_only(program, known)
   else:
@@ -148,23 +162,30 @@ def _lower(program: Program, where: topologies.Topology) -> Any:
     return traced.lower(lowering_platforms=("cuda",) if where.kind == "cuda" else None)
 
 
-def _fingerprint(text: str, compiler: str, topology: str, program: Program) -> str:
-  """Of everything that a plan depends on, this package's own code included."""
+def _content(text: str, program: Program, known: Plan) -> str:
+  """Of everything that a plan depends on, this package's own code included.
+
+  Names of operations apart: a module with another name is the same program.
+  """
   code = [p.read_text() for p in sorted(pathlib.Path(__file__).parent.glob("*.py"))]
-  level = jax.config.jax_optimization_level  # type: ignore[attr-defined]
-  parts = [text, compiler, topology, jax.__version__, level, *code]
-  parts += [str(program.mesh.shape), str(program.task.steps_per_dispatch)]
-  return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+  flags = [f for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") for f in os.environ.get(k, "").split()]
+  parts = [
+    *(text, known, program.mesh.shape, program.task.steps_per_dispatch, list(_leaves(program))),
+    *(jax.__version__, jax.config.jax_optimization_level),  # type: ignore[attr-defined]
+    *(flag for flag in flags if "host_platform_device_count" not in flag),
+    *code,
+  ]
+  return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
 def _compiled(program: Program, lowered: Any, where: topologies.Topology, known: Plan) -> Plan:
   try:
-    compiled = _compile(lowered)
+    compiled, said = _compile(lowered)
   except jax.errors.JaxRuntimeError as error:
-    return _refused(program, where, known, str(error))
+    return _refused(program, where, known, str(error), lowered)
   module = hlo.parse(compiled.as_text())
   memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
-  chip = topologies.CHIPS[where.kind]
+  chip = roofline.CHIPS[where.kind]
   # The batches of the updates that a dispatch holds beyond the one that is compiled.
   waiting = (program.task.steps_per_dispatch - 1) * _held(program.abstract_batches(1))
   arguments = memory.argument_size_in_bytes + waiting
@@ -173,20 +194,9 @@ def _compiled(program: Program, lowered: Any, where: topologies.Topology, known:
   if not where.shape:
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
-  total, flops = used + waiting, costs["flops"] + hlo.repeated_flops(module)
+  total = used + waiting
   slice_mesh = dict(program.mesh.shape) | {"data": program.mesh.shape["data"] // where.slices}
-  collectives = hlo.collectives(module, slice_mesh)
-  moved = hlo.traffic(module)
-  left = sum(row["bytes"] for row in collectives if row["kind"] == hlo.BETWEEN)
-  stayed = sum(row["bytes"] for row in collectives) - left
-  terms = {
-    "compute": (flops, chip.flops),
-    "memory": (moved, chip.bandwidth),
-    "interconnect": (stayed, chip.links),
-    "network": (left, chip.network),
-  }
-  times = {k: amount / peak for k, (amount, peak) in terms.items() if peak and amount}
-  bound = max(times, key=lambda k: times[k]) if times else None
+  roof = roofline.of_module(module, costs["flops"], chip)
   return dataclasses.replace(
     known,
     fits=None if chip.hbm is None else total <= chip.hbm,
@@ -194,50 +204,61 @@ def _compiled(program: Program, lowered: Any, where: topologies.Topology, known:
     temporaries=total - arguments,
     total=total,
     hbm=None if chip.hbm is None else int(chip.hbm),
-    flops=flops,
-    bytes_moved=moved,
+    flops=roof.flops,
+    bytes_moved=roof.bytes,
     bytes_accessed=costs["bytes accessed"],
     loop_iterations=hlo.iterations(module),
-    collectives=collectives,
-    times=times,
-    step=times[bound] if bound else None,
-    bound=bound,
+    collectives=hlo.collectives(module, slice_mesh),
+    times=roof.seconds,
+    step=roof.step or None,
+    bound=roof.bound,
     largest=_largest(program, module),
-    warnings=known.warnings + _resharded(module, slice_mesh) + _copied(module, moved),
-    unknown=[f"{k} time" for k, (amount, peak) in terms.items() if amount and not peak],
+    warnings=known.warnings
+    + _rematerialised(said)
+    + _resharded(module, slice_mesh)
+    + _copied(module, roof.bytes),
+    unknown=[f"{name} time" for name in roof.unknown],
   )
 
 
-def _compile(lowered: Any) -> Any:
-  """Compiles, past jax's cache: it keeps programs for absent devices and cannot read them back."""
+def _compile(lowered: Any, **options: Any) -> tuple[Any, list[str]]:
+  """The compiled program, and what the compiler said of it on stderr.
+
+  Past jax's cache, which keeps programs for absent devices and cannot read them back.
+  """
   key = "jax_persistent_cache_min_compile_time_secs"
   old = getattr(jax.config, key)
   jax.config.update(key, math.inf)
   try:
-    return lowered.compile()
+    with libtpu.heard() as lines:
+      compiled = lowered.compile(compiler_options=options)
+    return compiled, lines
   finally:
     jax.config.update(key, old)
 
 
-def _refused(program: Program, where: topologies.Topology, known: Plan, error: str) -> Plan:
-  """The plan of what does not compile; out of memory, with the buffers of a roomier chip."""
-  chip = topologies.CHIPS[where.kind]
-  hbm = None if chip.hbm is None else int(chip.hbm)
+def _refused(
+  program: Program, where: topologies.Topology, known: Plan, error: str, lowered: Any = None
+) -> Plan:
+  """The plan of what does not compile; out of memory, with the buffers that it would have."""
+  chip = roofline.CHIPS[where.kind]
   known = dataclasses.replace(
     known,
     fits=False,
     error=error.splitlines()[0],
     arguments=_held((program.abstract_state, program.abstract_batches(1))),
-    hbm=hbm,
+    hbm=None if chip.hbm is None else int(chip.hbm),
     largest=_largest(program),
   )
-  if "RESOURCE_EXHAUSTED" not in error or where.kind == "v5p":
+  if "RESOURCE_EXHAUSTED" not in error or not where.shape:
     return known
+  compiled, warnings = _regardless(lowered), known.warnings
   roomy = dataclasses.replace(where, kind="v5p")
-  other = Program(program.task, meshes.make(program.mesh.shape, roomy.devices()), program.seeds)
-  try:
-    compiled = _compile(_lower(other, roomy))
-  except jax.errors.JaxRuntimeError:
+  if compiled is None and where.kind != roomy.kind:
+    other = Program(program.task, meshes.make(program.mesh.shape, roomy.devices()), program.seeds)
+    compiled = _regardless(_lower(other, roomy))
+    warnings = [*warnings, f"sizes are those on {roomy.kind}, where there is more room"]
+  if compiled is None:
     return known
   memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
   return dataclasses.replace(
@@ -245,8 +266,15 @@ def _refused(program: Program, where: topologies.Topology, known: Plan, error: s
     temporaries=memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
     total=memory.peak_memory_in_bytes,
     largest=_largest(program, module),
-    warnings=[*known.warnings, f"sizes are those on {roomy.kind}, where there is room"],
+    warnings=warnings,
   )
+
+
+def _regardless(lowered: Any) -> Any:
+  """Compiles for less memory than it takes; None where a buffer is larger than all of it."""
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    return _compile(lowered, xla_tpu_no_crash_on_oom=True)[0]
+  return None
 
 
 def _lowered_only(program: Program, known: Plan) -> Plan:
@@ -274,30 +302,61 @@ def _held(tree: Any) -> int:
 
 
 def _largest(program: Program, module: hlo.Module | None = None) -> list[dict[str, Any]]:
+  """The largest buffers; those of all layers as one."""
   rows = [(name, _held(leaf)) for name, leaf in _leaves(program)]
-  rows += hlo.largest(module, NAMED) if module is not None else []
-  top = sorted(rows, key=lambda row: -row[1])[:NAMED]
-  return [{"name": name, "bytes": size} for name, size in top]
+  rows += hlo.buffers(module) if module is not None else []
+  alike: dict[tuple[str, int], list[str]] = collections.defaultdict(list)
+  for name, size in sorted(rows, key=lambda row: -row[1]):
+    alike[re.sub(r"\d+", "N", name), size].append(name)
+  return [
+    {"name": names[0] if len(names) == 1 else f"{name} ({len(names)} alike)", "bytes": size}
+    for (name, size), names in list(alike.items())[:NAMED]
+  ]
 
 
 def _replicated(program: Program) -> list[str]:
   """A line for every large parameter that lies whole along an fsdp or tensor axis."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  boxed = nn.get_partition_spec(jax.eval_shape(program.task.init, key)["params"])
+  names = jax.tree.leaves(boxed, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec))
+  paths = jax.tree_util.tree_leaves_with_path(program.abstract_state.params)
   found = []
-  for name, leaf in _leaves(program):
-    size = leaf.size * leaf.dtype.itemsize // len(program.seeds)
-    used = str(leaf.sharding.spec)
-    whole = [
-      f"{axis}={ways}"
+  for (path, leaf), spec in zip(paths, names, strict=True):
+    shape = leaf.shape[1:]  # behind the seeds
+    logical = (*(spec or ()), *(None,) * len(shape))[: len(shape)]
+    size, used = math.prod(shape) * leaf.dtype.itemsize, str(leaf.sharding.spec)
+    whole = {
+      f"{axis}={ways}": _why(axis, dict(zip(logical, shape, strict=True)), program.task.rules)
       for axis, ways in program.mesh.shape.items()
       if axis in ("fsdp", "tensor") and ways > 1 and f"'{axis}'" not in used
-    ]
-    if name.startswith("state/params/") and size > MB and whole:
-      short, over = name.removeprefix("state/"), " and ".join(whole)
-      found.append(f"{short}, {size / MB:.1f} MB, is replicated over {over}")
+    }
+    if size > MB and whole:
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      axes, over = ", ".join(map(str, logical)), " and ".join(whole)
+      why = "; ".join(dict.fromkeys(whole.values()))
+      found.append(f"params/{name} ({axes}), {size / MB:.1f} MB, is replicated over {over}: {why}")
   return found
 
 
-def _copied(module: hlo.Module, moved: int) -> list[str]:
+def _why(axis: str, sizes: Mapping[str | None, int], rules: meshes.Rules) -> str:
+  """Why no rule shards an array with these logical axes over a mesh axis."""
+  over = lambda axes: (axes,) if isinstance(axes, str) else axes or ()  # noqa: E731
+  fitting = [name for name, axes in rules if axis in over(axes) and name != "batch"]
+  for name in fitting:
+    if name in sizes:
+      return f"{name} = {sizes[name]} does not divide"
+  return f"none of its axes is {' or '.join(fitting) or 'one that a rule shards over it'}"
+
+
+def _rematerialised(lines: list[str]) -> list[str]:
+  """A line for every array that the compiler says it gathers whole to shard it anew."""
+  pattern = r"Involuntary full rematerialization\. (.*?)\. As the last resort"
+  said = [m[1] for m in map(re.compile(pattern).search, lines) if m]
+  alike = collections.Counter(re.sub(r"(?<=[%._])\d+\b", "N", text) for text in said)
+  return [f"involuntary full rematerialization, {n} x: {text}" for text, n in alike.items()]
+
+
+def _copied(module: hlo.Module, moved: float) -> list[str]:
   share = hlo.loop_copies(module) / max(moved, 1)
   return [f"copies of whole arrays inside loops are {share:.0%} of the bytes moved"] * (share > 0.1)
 

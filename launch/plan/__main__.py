@@ -54,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [{"stage": stage} | dataclasses.asdict(made) for stage, made in plans.items()]
     print(json.dumps(rows, indent=1))
   else:
-    console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else 120
+    if not plans:
+      print(f"{known.experiment} {known.scale}: no stage of it has updates; nothing to plan")
+    console = rich.console.Console(highlight=False, markup=False, soft_wrap=True, width=width)
     for stage, made in plans.items():
       show(console, f"{known.experiment} {known.scale} {stage}", made)
   return int(any(made.fits is False for made in plans.values()))

@@ -9,7 +9,7 @@ import collections
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,10 +60,12 @@ class Instruction(NamedTuple):
   def label(self) -> str:
     """The operation of the model that it comes from; empty for the compiler's own."""
     path = self.attribute(r'op_name="(.*?)"').replace("\\'", "'")
-    path = re.sub(r"^jit\(.*?\)/(while/body/)?(closed_call/)?", "", path)
+    path = re.sub(r"^jit\(.*?\)/(while/body/)?(closed_call/)?(eval_jaxpr/)?", "", path)
     model = re.match(r"(?:\w+\()*(\w*)\)*/", path)
     backward = " (backward)" if model and "transpose(" in model[0] else ""
-    inside = path[model.end() :] if model else path
+    inside = re.sub(
+      r"(while/body|closed_call|eval_jaxpr|vmap\(\))/", "", path[model.end() :] if model else path
+    )
     return "/".join(filter(None, (model[1] if model else "", inside))) + backward
 
 
@@ -171,22 +173,42 @@ def iterations(module: Module) -> int:
 # Floating point operations
 
 
-def repeated_flops(module: Module) -> float:
-  """FLOPs of the second and later iterations of loops: what a cost analysis leaves out."""
-  return sum((n - 1) * _flops(c, i) for c, i, n in module.instructions() if n > 1)
+def flops(module: Module, counted: float) -> float:
+  """FLOPs of a run, given the compiler's own count.
+
+  That one counts the body of a loop once and, on a GPU, no call of a library.
+  """
+  every = [(_flops(c, i), n) for c, i, n in module.instructions()]
+  return max(counted, sum(f for f, _ in every)) + sum((n - 1) * f for f, n in every)
 
 
 def _flops(computation: Computation, instruction: Instruction) -> float:
   size = instruction.arrays[0].size if instruction.arrays else 0
   if instruction.opcode in _ELEMENTWISE:
     return size
-  if instruction.opcode not in ("dot", "convolution"):
+  library = instruction.attribute(r'custom_call_target="__(cublas|cudnn\$conv)')
+  if instruction.opcode not in ("dot", "convolution") and not library:
     return 0
   left, right = (computation[o].arrays[0].dims for o in instruction.operands[:2])
-  if instruction.opcode == "dot":
-    contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
-    return 2 * size * math.prod(left[int(d)] for d in contracted.split(",") if d)
+  if instruction.opcode == "dot" or library == "cublas":
+    contracted = instruction.attribute(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)')
+    return 2 * size * math.prod(left[int(d)] for d in re.findall(r"\d+", contracted))
+  if library:
+    return _library_convolution_flops(instruction, left, right)
   return _convolution_flops(instruction, left, right)
+
+
+def _library_convolution_flops(
+  instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]
+) -> float:
+  """Two for each output, tap and input channel of the forward convolution, on padding too."""
+  out, outputs, kernel = instruction.arrays[0].dims, left, right
+  if "BackwardFilter" in instruction.attributes:
+    outputs, kernel = right, out
+  elif "BackwardInput" not in instruction.attributes:
+    outputs = out
+  features = kernel[instruction.attribute(r"dim_labels=\w+?_(\w+)").index("o")]
+  return 2.0 * math.prod(outputs) * math.prod(kernel) / features
 
 
 def _convolution_flops(
@@ -253,6 +275,8 @@ def _moved(module: Module, computation: Computation, instruction: Instruction) -
     return update.held + (update.bytes if arrays[0].space == 0 else 0)
   if kind != instruction.opcode:  # the result of a start holds the operand too
     return sum(a.held for a in arrays)
+  if 'custom_call_target="__cu' in instruction.attributes:  # what follows is working space
+    arrays = arrays[:1]
   return sum(a.held for o in operands for a in o.arrays) + sum(a.held for a in arrays)
 
 
@@ -299,21 +323,31 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[dict[str, Any]]
   all-to-all send n - 1, all-reduce twice as many. `between slices` are the transfers that leave a
   TPU slice; `mesh` is then that of one slice.
   """
-  found: dict[tuple[str, str], tuple[str, str, int, float]] = {}
-  for kind, channel, instruction, times in _communication(module):
-    groups = _groups(instruction.attributes)
-    axes = "data" if kind == BETWEEN else _axes(groups, mesh)
-    sent = _whole(kind, instruction) * _share(kind, max(len(group) for group in groups))
-    # One collective that computation is woven into appears several times, under one channel.
-    old = found.get((kind, channel), ("", "", 0, 0.0))
-    if times * sent >= old[3]:
-      found[kind, channel] = (kind, axes, times, times * sent)
   rows: dict[tuple[str, str], dict[str, Any]] = {}
-  for kind, axes, times, sent in found.values():
+  for kind, groups, times, size in _sent(module):
+    axes = "data" if kind == BETWEEN else _axes(groups, mesh)
     row = rows.setdefault((kind, axes), {"kind": kind, "axes": axes, "count": 0, "bytes": 0})
     row["count"] += times
-    row["bytes"] += round(sent)
+    row["bytes"] += round(size)
   return sorted(rows.values(), key=lambda row: -row["bytes"])
+
+
+def sent(module: Module) -> tuple[float, float]:
+  """Bytes that a device sends in one run: within its slice, and to other slices."""
+  sizes = [(size, kind == BETWEEN) for kind, _, _, size in _sent(module)]
+  return sum(s for s, between in sizes if not between), sum(s for s, between in sizes if between)
+
+
+def _sent(module: Module) -> Iterable[tuple[str, list[list[int]], int, float]]:
+  """Kind, groups, runs and bytes of every collective."""
+  found: dict[tuple[str, str], tuple[str, list[list[int]], int, float]] = {}
+  for kind, channel, instruction, times in _communication(module):
+    groups = _groups(instruction.attributes)
+    size = times * _whole(kind, instruction) * _share(kind, max(len(group) for group in groups))
+    # One collective that computation is woven into appears several times, under one channel.
+    if (kind, channel) not in found or size >= found[kind, channel][3]:
+      found[kind, channel] = (kind, groups, times, size)
+  return found.values()
 
 
 def _communication(module: Module) -> Iterator[tuple[str, str, Instruction, int]]:
@@ -399,7 +433,8 @@ def reshardings(
 
   Those are all-to-all and permutations that the program does not ask for by name, arrays gathered
   whole only to be sliced again, and arrays gathered along `data`, over which no rule shards
-  anything that is needed whole.
+  anything that is needed whole. What comes from no operation of the model is the compiler's way
+  of doing something else, such as a sum over slices.
   """
   asked = ("all_to_all", "ppermute", "pshuffle", "pbroadcast", "all_gather")
   found = {}
@@ -408,7 +443,7 @@ def reshardings(
     moved = kind in ("all-to-all", "collective-permute")
     moved |= kind == "all-gather" and ("data" in axes or _only_sliced(module, instruction))
     size, operation = _whole(kind, instruction), instruction.attribute(r'op_name=".*?([^/"]*)"')
-    if moved and size >= at_least and not operation.startswith(asked):
+    if moved and size >= at_least and instruction.label and not operation.startswith(asked):
       found[kind, channel] = (instruction.label, kind, size)
   return sorted(found.values(), key=lambda row: -row[2])
 
@@ -432,18 +467,16 @@ def _only_sliced(module: Module, gathered: Instruction) -> bool:
   return False
 
 
-def largest(module: Module, count: int) -> list[tuple[str, int]]:
-  """The largest arrays that the program makes in main memory: (operation, bytes)."""
+def buffers(module: Module) -> list[tuple[str, int]]:
+  """The arrays that the program makes in main memory: (operation, bytes), of each the largest."""
 
   def source(computation: Computation, instruction: Instruction) -> str:
     made_of = [computation[o] for o in instruction.operands if o in computation]
     near = (i.label for i in (*made_of, *computation.values()) if i.label)
     return instruction.label or f"{instruction.opcode} near {next(near, instruction.name)}"
 
-  made = {
-    i.name: (max((a.held for a in i.arrays), default=0), c, i)
+  return [
+    (source(c, i), max((a.held for a in i.arrays), default=0))
     for c, i, _ in module.steps()
     if i.opcode not in _STILL and not i.opcode.endswith(("-done", "-update"))
-  }
-  top = sorted(made.values(), key=lambda row: -row[0])[:count]
-  return [(source(computation, instruction), size) for size, computation, instruction in top]
+  ]

@@ -1,9 +1,13 @@
 """libtpu on a machine without a TPU: for plans, and out of the way of everything else."""
 
+import contextlib
 import glob
 import importlib.metadata
 import importlib.util
 import os
+import sys
+import tempfile
+from collections.abc import Iterator
 
 import jax
 import jax.extend.backend
@@ -11,13 +15,13 @@ from jax.experimental import topologies
 
 from launch.errors import ConfigurationError
 
-# What libtpu would look for on a TPU machine (any valid values do), no log files, no complaints,
-# no lock against other processes.
+# What libtpu would look for on a TPU machine (any valid values do), no log files, no lock against
+# other processes, and its warnings, for `heard`.
 ENVIRONMENT = {
   "TPU_ACCELERATOR_TYPE": "v5litepod-1",
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_LOG_DIR": "disabled",
-  "TPU_STDERR_LOG_LEVEL": "3",
+  "TPU_STDERR_LOG_LEVEL": "1",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
@@ -44,9 +48,33 @@ def devices(name: str, **options) -> list[jax.Device]:
   for key, value in ENVIRONMENT.items():
     os.environ.setdefault(key, value)
   try:
-    return topologies.get_topology_desc(name, "tpu", **options).devices
+    with heard():
+      return topologies.get_topology_desc(name, "tpu", **options).devices
   except jax.errors.JaxRuntimeError as error:
     raise ConfigurationError(f"libtpu {version()} on {name}: {error}") from error
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+  """Lines that compilers log to stderr meanwhile, kept off it; complete at the end.
+
+  With TPU_STDERR_LOG_LEVEL=0 they are shown and not kept, to see why one crashes.
+  """
+  lines: list[str] = []
+  if os.environ.get("TPU_STDERR_LOG_LEVEL") == "0":
+    yield lines
+    return
+  sys.stderr.flush()
+  stderr = os.dup(2)
+  with tempfile.TemporaryFile() as file:
+    os.dup2(file.fileno(), 2)
+    try:
+      yield lines
+    finally:
+      os.dup2(stderr, 2)
+      os.close(stderr)
+      file.seek(0)
+      lines += file.read().decode(errors="replace").splitlines()
 
 
 def leave_alone() -> None:

@@ -4,6 +4,7 @@ Importing this starts nothing and needs no libtpu.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -80,14 +81,14 @@ class Roofline(NamedTuple):
   seconds: what `compute`, `memory`, `interconnect` and `network` take at their peaks, those that
     are used and whose peak is known.
   unknown: the terms that are used and whose peak is not known.
-  peak: the device's bfloat16 FLOP/s; None where unknown.
+  peak: the device's bfloat16 FLOP/s; nan where unknown.
   """
 
   flops: float
   bytes: float
   seconds: Mapping[str, float]
   unknown: tuple[str, ...]
-  peak: float | None
+  peak: float
 
   @property
   def bound(self) -> str | None:
@@ -95,13 +96,13 @@ class Roofline(NamedTuple):
     return max(self.seconds, key=lambda k: self.seconds[k]) if self.seconds else None
 
   @property
-  def step(self) -> float | None:
-    """Seconds of the largest term."""
-    return max(self.seconds.values(), default=None)
+  def step(self) -> float:
+    """Seconds of the largest term; 0 where no peak is known."""
+    return max(self.seconds.values(), default=0.0)
 
-  def mfu(self, seconds: float) -> float | None:
+  def mfu(self, seconds: float) -> float:
     """The share of the bfloat16 peak that a run of so many seconds makes use of."""
-    return None if self.peak is None else self.flops / (self.peak * seconds)
+    return self.flops / (self.peak * seconds)
 
 
 def roofline(compiled: jax.stages.Compiled, device_kind: str) -> Roofline | None:
@@ -112,8 +113,9 @@ def roofline(compiled: jax.stages.Compiled, device_kind: str) -> Roofline | None
   """
   if device_kind not in KINDS:
     return None
-  module = hlo.parse(compiled.as_text())
-  return of_module(module, compiled.cost_analysis()["flops"], CHIPS[KINDS[device_kind]])
+  text, costs = compiled.as_text(), compiled.cost_analysis()
+  assert text is not None and costs is not None  # both are there for what a device runs
+  return of_module(hlo.parse(text), costs["flops"], CHIPS[KINDS[device_kind]])
 
 
 def of_module(module: hlo.Module, counted_flops: float, chip: Chip) -> Roofline:
@@ -128,4 +130,4 @@ def of_module(module: hlo.Module, counted_flops: float, chip: Chip) -> Roofline:
   }
   times = {name: amount / peak for name, (amount, peak) in terms.items() if peak and amount}
   unknown = tuple(name for name, (amount, peak) in terms.items() if amount and not peak)
-  return Roofline(flops, moved, times, unknown, chip.flops)
+  return Roofline(flops, moved, times, unknown, chip.flops or math.nan)

@@ -30,6 +30,7 @@ def plans(
   seeds: int | None = None,
   overrides: Mapping[str, Any] | None = None,
   cache: pathlib.Path | None = None,
+  cached_only: bool = False,
 ) -> dict[str, Plan]:
   """A plan for every stage of one arm that has updates.
 
@@ -38,14 +39,16 @@ def plans(
     scale: one of its scales.
     topology: such as `v5e-16`; default: the one named for the scale.
     mesh: such as `data=8,tensor=2`; default: the one named with the topology, else all on data.
-    study: default: the first of the scale that trains stages.
+    study: default: the first of the scale that trains stages; without one, the scale as it is.
     arm: default: the study's first.
     seeds: how many, side by side; default: the study's.
     overrides: dotted keys of the configuration.
     cache: as for `plan`.
+    cached_only: as for `plan`.
 
   Raises:
     ConfigurationError: something asked for does not exist or does not fit together.
+    LookupError: as for `plan`.
   """
   module = runner.find(name)
   if scale not in module.SCALES:
@@ -63,7 +66,7 @@ def plans(
   try:
     tasks = {stage: task for stage, task in module.stages(config).items() if task.steps}
     return {
-      stage: plan(task, topology, meshes.parse(mesh or ""), numbers, cache)
+      stage: plan(task, topology, meshes.parse(mesh or ""), numbers, cache, cached_only)
       for stage, task in tasks.items()
     }
   except ConfigurationError:
@@ -73,14 +76,14 @@ def plans(
 
 
 def _study(module: ModuleType, scale: str, name: str | None, arm: str | None) -> Study:
+  """The study asked for; else the first that trains stages, any other, or none in particular."""
   here = {s.name: s for s in module.STUDIES if s.at(scale)}
   if name is not None and name not in here:
     raise ConfigurationError(f"unknown study {name!r} at scale {scale!r}{nearest(name, here)}")
-  chosen = [s for s in here.values() if (s.name == name if name else s.run is None)]
+  chosen = [here[name]] if name else sorted(here.values(), key=lambda s: s.run is not None)
+  chosen = chosen or [Study("any", arms={"any": {}}, seeds=1)]
   fitting = [s for s in chosen if arm is None or arm in s.arms]
   if not fitting:
     arms = [a for s in chosen for a in s.arms]
-    raise ConfigurationError(
-      f"unknown arm {arm!r}{nearest(arm, arms)}" if arm else f"no study trains at scale {scale!r}"
-    )
+    raise ConfigurationError(f"unknown arm {arm!r}{nearest(arm or '', arms)}")
   return fitting[0]

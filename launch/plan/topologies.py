@@ -1,4 +1,4 @@
-"""Topologies by name, and what data sheets say of their chips.
+"""Topologies by name.
 
 `v5e-16`, `v6e-256`: that many chips. `v4-32`, `v5p-32`: half as many, 16 chips. These are the
 cloud's own names, which count TensorCores where a chip has two. `v5e-256x4`: four slices of 256.
@@ -8,6 +8,7 @@ cloud's own names, which count TensorCores where a chip has two. `v5e-256x4`: fo
 import contextlib
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,39 +18,6 @@ import jax
 from launch.errors import ConfigurationError
 from launch.plan import libtpu
 
-GB, GiB, Gbit = 1e9, 2.0**30, 1e9 / 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Figures of one chip; None where none is published.
-
-  Attributes:
-    hbm: bytes that a program can have, as libtpu 0.0.42 states when a program asks for more.
-    bandwidth: of HBM, bytes/s.
-    flops: bfloat16 peak, FLOP/s.
-    links: of the interconnect between chips, all links in one direction, bytes/s.
-    network: of the network between slices, a chip's part, bytes/s.
-  """
-
-  hbm: float | None = None
-  bandwidth: float | None = None
-  flops: float | None = None
-  links: float | None = None
-  network: float | None = None
-
-
-# From the Cloud TPU documentation's page on each chip, where bidirectional bandwidths are twice
-# what is here. v4's links: arXiv:2304.01433, table 4 (recalled). Network of v5e and v6e: a pod's,
-# by its 256 chips.
-CHIPS = {
-  "v4": Chip(30.75 * GiB, 1200 * GB, 275e12, 6 * 50 * GB),
-  "v5e": Chip(15.75 * GiB, 819 * GB, 197e12, 1600 * Gbit, 6400 * Gbit / 256),
-  "v5p": Chip(95.74 * GiB, 2765 * GB, 459e12, 4800 * Gbit, 50 * Gbit),
-  "v6e": Chip(31.25 * GiB, 1640 * GB, 918e12, 400 * GB, 25600 * Gbit / 256),
-  "host": Chip(),
-  "cuda": Chip(),
-}
 FLAT = {"v5e": 256, "v6e": 256}  # a two-dimensional torus of up to so many chips
 DEEP = {"v4": 4096, "v5p": 4096}  # a three-dimensional one; two TensorCores a chip
 
@@ -57,7 +25,7 @@ DEEP = {"v4": 4096, "v5p": 4096}  # a three-dimensional one; two TensorCores a c
 @dataclasses.dataclass(frozen=True)
 class Topology:
   name: str
-  kind: str  # of `CHIPS`
+  kind: str  # of `roofline.CHIPS`
   chips: int  # of all slices
   slices: int = 1
 
@@ -113,9 +81,10 @@ def parse(name: str) -> Topology:
 
 
 def _host_devices(topology: Topology) -> Sequence[Any]:
-  # As many as asked for, unless devices have been used before: then those that there are.
-  with contextlib.suppress(RuntimeError):
-    jax.config.update("jax_num_cpu_devices", topology.chips)
+  # As many as asked for, unless there is a number already or devices have been used.
+  if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    with contextlib.suppress(RuntimeError):
+      jax.config.update("jax_num_cpu_devices", topology.chips)
   devices = jax.devices("cpu")
   if len(devices) < topology.chips:
     raise ConfigurationError(

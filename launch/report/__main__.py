@@ -6,7 +6,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from launch import runner
+from launch import runner, storage
 from launch.errors import ConfigurationError
 from launch.report import page, text, workdirs
 
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     "--readme", help="Renew the results in this file, from experiments/results unless DIRs say."
   )
   arguments = parser.parse_args(argv)
-  paths = [pathlib.Path(path) for path in arguments.paths]
   try:
+    paths = [storage.path(path) for path in arguments.paths]
     if arguments.readme:
       paths = paths or committed()
     if not paths:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       print(markdown(runs))
     if arguments.out or not arguments.markdown:
       folder = paths[0] if paths[0].is_dir() else paths[0].parent
-      out = pathlib.Path(arguments.out) if arguments.out else folder / "report.html"
+      out = storage.path(arguments.out) if arguments.out else folder / "report.html"
       out.write_text(page.page(runs), "utf-8")
       print(f"report: {out}", file=sys.stderr)
   except (ConfigurationError, OSError) as error:

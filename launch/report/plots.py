@@ -116,8 +116,10 @@ def plot_study(study: Study, results: Mapping[str, Any], directory: pathlib.Path
   # Plots are committed with results: 256 colours are a third of the bytes.
   picture = PIL.Image.open(buffer).convert("RGB")
   picture = picture.quantize(method=PIL.Image.Quantize.MAXCOVERAGE, dither=PIL.Image.Dither.NONE)
+  buffer = io.BytesIO()
+  picture.save(buffer, "PNG", optimize=True, dpi=(150, 150))
   directory.mkdir(parents=True, exist_ok=True)
-  picture.save(directory / "plot.png", optimize=True, dpi=(150, 150))
+  (directory / "plot.png").write_bytes(buffer.getvalue())
 
 
 def svg(study: Study, panel: Panel, where: str = "") -> str:

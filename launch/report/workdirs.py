@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from launch import metrics, runner
+from launch import metrics, runner, storage
 from launch.errors import ConfigurationError
 from launch.lab import slug
 from launch.study import Study
@@ -64,7 +64,7 @@ def read(path: pathlib.Path) -> Run:
   if path.is_dir():
     verdict = path / "verdict.json"
     results = _json(verdict) if verdict.exists() else None
-    for file in sorted(path.glob("*/*/config.json"), key=lambda file: file.stat().st_mtime):
+    for file in sorted(path.glob("*/*/config.json"), key=storage.modified):
       record = _json(file)
       if {"experiment", "scale", "study", "arm", "config"} <= set(record):
         label = f"{record['study']}/{record['arm']}"

@@ -1,4 +1,4 @@
-"""Runs the toy experiment on a disk that is full for a while: `full_disk.py WORKDIR SECONDS PATIENCE`.
+"""Runs the toy experiment on a disk that is full for a while: WORKDIR SECONDS PATIENCE.
 
 The limit on the size of a file stands in for the full disk: it fails the same writes, underneath
 every library. It is in force from the first checkpoint on.

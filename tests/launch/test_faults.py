@@ -257,6 +257,39 @@ def test_data_that_vanishes(whole, toy, one_device, tmp_path, monkeypatch):
   same(state(whole[0] / TRAIN), state(workdir / TRAIN))
 
 
+def test_evaluation_data_that_vanishes(whole, toy, one_device, tmp_path, monkeypatch):
+  class Gone(toy.Clusters):
+    reads = 0
+
+    def __getitem__(self, index):
+      Gone.reads += 1
+      if Gone.reads > 300:
+        raise RuntimeError("open() failed: No such file or directory; opening shard")
+      return super().__getitem__(index)
+
+  overrides = QUICK | {"steps": 40}
+  healthy = quick(toy, tmp_path / "healthy", one_device, overrides=overrides)
+  with monkeypatch.context() as patch:
+    original = toy.Clusters
+    patch.setattr(toy, "Clusters", lambda split: Gone(split) if split else original(split))
+    message = r"test cannot be measured \(open\(\) failed.*goes on from step 30"
+    with pytest.raises(TrainingError, match=message):
+      quick(toy, tmp_path / "gone", one_device, overrides=overrides)
+  again = quick(toy, tmp_path / "gone", one_device, overrides=overrides)
+  assert again["arms"]["learning/adam"]["metrics"] == healthy["arms"]["learning/adam"]["metrics"]
+
+
+def test_a_shard_that_is_missing_is_one_line(toy, one_device, tmp_path, monkeypatch):
+  class Gone(toy.Source):
+    def __getitem__(self, index):
+      raise RuntimeError("open() failed: No such file or directory; opening shard")
+
+  monkeypatch.setattr(toy, "Source", Gone)
+  message = r"learning/adam train: the data cannot be read \(open\(\) failed"
+  with pytest.raises(ConfigurationError, match=message):
+    quick(toy, tmp_path, one_device)
+
+
 # Seeds
 
 

@@ -1,6 +1,7 @@
 """Plans: names of topologies, what the compiled text says, warnings, exit codes, libtpu."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -260,6 +261,91 @@ def test_flops_of_loops_on_a_tpu():
   assert text(7) == pytest.approx(7 * 2 * 6 * 256 * 128 * 128, rel=0.02)
 
 
+LIBRARY_CALLS = """HloModule jit_f
+
+%condition (c: (s32[], bf16[64,32])) -> pred[] {
+  %c = (s32[], bf16[64,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %n = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (b: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
+  %b = (s32[], bf16[64,32]{1,0}) parameter(0)
+  %k = s32[] get-tuple-element(%b), index=0
+  %x = bf16[64,32]{1,0} get-tuple-element(%b), index=1
+  %w = bf16[32,32]{1,0} constant({...})
+  %gemm = (bf16[64,32]{1,0}, s8[4194304]{0}) custom-call(%x, %w), \
+custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(f)/while/body/dot_general"}, \
+backend_config={"gemm_backend_config":{"alpha_real":1,"beta":0,"dot_dimension_numbers":{\
+"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],\
+"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}
+  %y = bf16[64,32]{1,0} get-tuple-element(%gemm), index=0
+  ROOT %t = (s32[], bf16[64,32]{1,0}) tuple(%k, %y)
+}
+
+ENTRY %main (p: (s32[], bf16[64,32]), u: f32[4,8,8,16], v: f32[3,3,16,5]) -> f32[] {
+  %p = (s32[], bf16[64,32]{1,0}) parameter(0)
+  %u = f32[4,8,8,16]{3,2,1,0} parameter(1)
+  %v = f32[3,3,16,5]{3,2,1,0} parameter(2)
+  %d = f32[4,6,6,5]{3,2,1,0} parameter(3)
+  %loop = (s32[], bf16[64,32]{1,0}) while(%p), condition=%condition, body=%body
+  %forward = (f32[4,6,6,5]{3,2,1,0}, u8[0]{0}) custom-call(%u, %v), window={size=3x3}, \
+dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$convForward"
+  %input = (f32[4,8,8,16]{3,2,1,0}, u8[0]{0}) custom-call(%d, %v), window={size=3x3}, \
+dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$convBackwardInput"
+  ROOT %filter = (f32[3,3,16,5]{3,2,1,0}, u8[0]{0}) custom-call(%u, %d), window={size=3x3}, \
+dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$convBackwardFilter"
+}
+"""
+
+
+def test_calls_of_a_gpus_libraries_are_counted():
+  """In a loop too, without the space that they work in; the compiler counts none of it."""
+  module = hlo.parse(LIBRARY_CALLS)
+  convolution = 2 * (4 * 6 * 6 * 5) * 3 * 3 * 16
+  compares = 5
+  flops = 5 * 2 * 64 * 32 * 32 + 3 * convolution + compares
+  assert hlo.flops(module, 7.0) == flops
+  arrays = 3 * 4 * (4 * 8 * 8 * 16 + 3 * 3 * 16 * 5 + 4 * 6 * 6 * 5)
+  assert hlo.traffic(module) == pytest.approx(5 * 2 * (2 * 64 * 32 + 32 * 32) + arrays, rel=0.01)
+
+
+# Rooflines
+
+
+def test_a_roofline_of_a_compiled_program():
+  mesh = mesh_of(tensor=8)
+  program = compiled(lambda x: x @ x.T, (64, 1024), mesh=mesh, specs=[(None, "tensor")])
+  found = roofline.roofline(program, "NVIDIA H100 80GB HBM3")
+  assert found is not None
+  assert found.flops == pytest.approx(2 * 64 * 64 * 128, rel=0.1)
+  sent = 2 * 7 / 8 * 64 * 64 * 4
+  expected = {"compute": found.flops / 989.5e12, "memory": found.bytes / 3350e9}
+  assert found.seconds == pytest.approx(expected | {"interconnect": sent / 450e9})
+  assert found.step == max(found.seconds.values()) == found.seconds[found.bound]
+  assert found.mfu(2 * found.seconds["compute"]) == pytest.approx(0.5)
+  assert found.unknown == ()
+  assert roofline.roofline(program, jax.devices()[0].device_kind) is None
+  nothing_known = roofline.of_module(hlo.parse(program.as_text()), 0.0, roofline.CHIPS["host"])
+  assert nothing_known.unknown == ("compute", "memory", "interconnect")
+  assert (nothing_known.step, nothing_known.bound) == (0.0, None)
+  assert math.isnan(nothing_known.mfu(1.0))
+
+
+@with_libtpu
+@pytest.mark.parametrize("kind", ["v4", "v5e", "v5p", "v6e"])
+def test_kinds_of_device_are_known_by_the_names_that_they_have(kind):
+  (device,) = topologies.parse(f"{kind}-{2 if kind in topologies.DEEP else 1}").devices()
+  assert roofline.KINDS[device.device_kind] == kind
+
+
+def test_every_kind_has_peaks():
+  for chip in roofline.KINDS.values():
+    figures = roofline.CHIPS[chip]
+    assert figures.flops and figures.bandwidth and figures.links
+
+
 # Plans
 
 
@@ -279,7 +365,14 @@ def task(logical=("embed", "mlp"), width=WIDTH, **fields):
     return value, ({"loss": (value, jnp.ones(()))}, variables)
 
   example = {"inputs": jax.ShapeDtypeStruct((width,), np.float32)}
-  defaults = {"init": init, "loss": loss, "optimizer": optax.adam(1e-3), "example": example, "batch_size": 16, "steps": 1}
+  defaults = {
+    "init": init,
+    "loss": loss,
+    "optimizer": optax.adam(1e-3),
+    "example": example,
+    "batch_size": 16,
+    "steps": 1,
+  }
   return Task(**(defaults | fields))
 
 
@@ -320,7 +413,11 @@ def test_seeds_that_cannot_be_mapped_are_planned_one_by_one():
     ((None, "mlp"), WIDTH, "(None, mlp), 4.2 MB, is replicated over fsdp=2: none .* is embed$"),
     (("embed", None), WIDTH, "(embed, None), .* over tensor=2: none of its axes is vocab or .*mlp"),
     ((None, None), WIDTH, "(None, None), .* over fsdp=2 and tensor=2: none .* embed; none .* mlp"),
-    (("embed", "mlp"), WIDTH + 1, "over fsdp=2 and tensor=2: embed = 1025 does not d.*; mlp = 1025"),
+    (
+      ("embed", "mlp"),
+      WIDTH + 1,
+      "fsdp=2 and tensor=2: embed = 1025 does not d.*; mlp = 1025",
+    ),
     (("embed", "mlp"), 400, None),  # small
   ],
 )
@@ -351,7 +448,7 @@ def test_what_the_compiler_reshards_at_all_costs_is_told_in_its_words(topology):
   moving = task(init=init, loss=loss, example=example, batch_size=512)
   made = plans.plan(moving, topology, {"data": 2, "fsdp": 2, "tensor": 2})
   (line,) = (w for w in made.warnings if w.startswith("involuntary full rematerialization"))
-  assert "The compiler cannot go from sharding {devices=" in line
+  assert "The compiler cannot go from sharding {" in line
   calm = plans.plan(task(), topology, {"data": 2, "fsdp": 2, "tensor": 2})
   assert calm.warnings == []
 
@@ -364,16 +461,34 @@ def test_a_resharded_activation_is_a_warning():
     return value, ({"loss": (value, jnp.ones(()))}, variables)
 
   made = plans.plan(task(loss=loss, batch_size=4096), "host-8")
-  assert made.warnings == []
+  assert re.match(r"[\w/]+ is resharded by all-gather, 1 x 16\.8 MB", made.warnings[0])
 
 
 def test_a_plan_is_numbers_and_is_kept_by_content(tmp_path, monkeypatch):
   made = plans.plan(task(), "host-2", cache=tmp_path)
   assert plans.Plan(**json.loads(json.dumps(dataclasses.asdict(made)))) == made
-  monkeypatch.setattr(plans, "_compile", None)
-  assert plans.plan(task(), "host-2", cache=tmp_path) == made
-  with pytest.raises(TypeError):
-    plans.plan(task(batch_size=32), "host-2", cache=tmp_path)
+  again = functools.partial(plans.plan, topology="host-2", cache=tmp_path, cached_only=True)
+  assert again(task()) == made
+  two = {"sizes": {"fsdp": 2}}
+  for other, options in (
+    (task(batch_size=32), {}),
+    (task(optimizer=optax.adam(2e-3)), {}),
+    (task(("mlp", "embed")), {}),  # the same program: its warnings could be others
+    (task(steps_per_dispatch=2), {}),
+    (task(), two),
+    (task(), {"seeds": (0, 1)}),
+    (task(), {"topology": "host-4"}),
+  ):
+    with pytest.raises(LookupError):
+      again(other, **options)
+  monkeypatch.delenv("XLA_FLAGS")  # how many devices this process has is no matter
+  assert again(task()) == made
+  with monkeypatch.context() as patch, pytest.raises(LookupError):
+    patch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_anything=true")
+    again(task())
+  with monkeypatch.context() as patch, pytest.raises(LookupError):
+    patch.setattr(jax, "__version__", "0")
+    again(task())
 
 
 def test_what_does_not_fit_says_so_and_names_buffers(monkeypatch):
@@ -410,22 +525,68 @@ def test_meshes_that_split_an_axis_of_the_torus(name):
 
 
 @with_libtpu
+@pytest.mark.parametrize(("name", "chips"), [("v4-8192", 4096), ("v6e-256x4", 1024)])
+def test_beyond_a_pod(name, chips):
+  made = plans.plan(task(batch_size=chips), name, {"fsdp": 4, "tensor": 8})
+  assert made.fits and dict(made.mesh) == {"data": chips // 32, "fsdp": 4, "tensor": 8}
+
+
+@with_libtpu
 def test_slices_exchange_over_the_network():
   made = plans.plan(task(), "v5e-4x2", {"data": 4, "tensor": 2})
   (row,) = (r for r in made.collectives if r["kind"] == "between slices")
   # The gradient, a half for each part of tensor, in two parts within a slice.
   assert row["bytes"] == pytest.approx(4 * WIDTH * WIDTH // 4, rel=0.01)
   assert made.times["network"] == row["bytes"] / roofline.CHIPS["v5e"].network
+  assert (
+    plans.plan(task(batch_size=32), "v5e-16x2").warnings == []
+  )  # sums are gathered within a slice
   with pytest.raises(ConfigurationError, match="data=1 does not divide among 2 slices"):
     plans.plan(task(), "v5e-4x2", {"data": 1, "tensor": 8})
 
 
 @with_libtpu
-def test_a_tpu_that_is_too_small():
+@pytest.mark.parametrize("rows", [2**23, 2**24])  # by little, and by more than the chip has at all
+def test_a_tpu_that_is_too_small(rows):
+  made = plans.plan(task(batch_size=rows), "v5e-4")
+  assert made.fits is False and "RESOURCE_EXHAUSTED" in made.error
+  size = rows * WIDTH * 4 // 4
+  assert made.largest[:2] == [{"name": n, "bytes": size} for n in ("batch/inputs", "dot_general")]
+  assert made.total > made.hbm == 15.75 * 2**30
+  assert made.warnings == ["sizes are those on v5p, where there is more room"] or rows < 2**24
+
+
+@with_libtpu
+def test_what_is_too_large_for_every_tpu_is_told_by_its_arguments(monkeypatch):
+  monkeypatch.setattr(plans, "_regardless", lambda lowered: None)
   made = plans.plan(task(batch_size=2**24), "v5e-4")
+  assert (made.fits, made.total, made.warnings) == (False, None, [])
+  assert made.largest[0]["name"] == "batch/inputs"
+
+
+@pytest.mark.parametrize(
+  ("topology", "missing"),
+  [
+    ("host-2", "nobody_has_this"),
+    pytest.param("v5e-4", "nobody_has_this", marks=with_libtpu),
+    pytest.param("v5e-4", "eig", marks=with_libtpu),  # refused before there is a program
+  ],
+)
+def test_what_does_not_compile_says_why(topology, missing):
+  def loss(params, variables, batch, key, *, train):
+    x = jax.lax.stop_gradient(params["w"][:8, :8])
+    if missing == "eig":
+      x = jnp.abs(jnp.linalg.eig(x)[0])
+    else:
+      shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+      x = jax.ffi.ffi_call(missing, shape, vmap_method="sequential")(x)
+    value = jnp.mean(x)
+    return value, ({"loss": (value, jnp.ones(()))}, variables)
+
+  made = plans.plan(task(loss=loss), topology)
   assert made.fits is False
-  assert "RESOURCE_EXHAUSTED" in made.error
-  assert made.largest[0] == {"name": "batch/inputs", "bytes": 2**24 * WIDTH * 4 // 4}
+  assert "\n" not in made.error and missing in made.error
+  assert made.largest[0]["name"].startswith("state/")
 
 
 # The command
@@ -434,7 +595,7 @@ def test_a_tpu_that_is_too_small():
 def test_the_command_prints_tables_or_json(capsys, tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   words = ["s5", "--scale=laptop", "--topology=host-8", "--study=rate", "--seeds=2"]
-  words += ["--mesh=data=4,tensor=2", "--config.width=16", "--config.data.name=digits"]
+  words += ["--mesh=data=4,tensor=2", "--config.width=16", "--config.layers=1"]
   assert command.main([*words, "--json"]) == 0
   (row,) = json.loads(capsys.readouterr().out)
   assert (row["stage"], row["chips"], row["seeds"]) == ("train", 8, 2)
@@ -502,8 +663,10 @@ def fresh(*words):
 
 @with_libtpu
 def test_ordinary_runs_leave_libtpu_alone():
-  code, out, err = fresh("-c", "import launch, jax; print(jax.devices()[0].platform)")
-  assert (code, out, err) == (0, "cpu\n", "")
+  words = "import launch, launch.plan.roofline, jax; print(jax.devices()[0].platform)"
+  loaded = "; print('libtpu.so' in open('/proc/self/maps').read())"
+  code, out, err = fresh("-c", words + loaded)
+  assert (code, out, err) == (0, "cpu\nFalse\n", "")
 
 
 @with_libtpu
