@@ -5,6 +5,7 @@ from launch.finished import Finished, load
 from launch.lab import Lab
 from launch.loop import Fitted
 from launch.main import main
+from launch.plan import libtpu
 from launch.report import table
 from launch.runner import run
 from launch.study import Claim, Study, judge
@@ -29,3 +30,5 @@ __all__ = [
   "supervised",
   "table",
 ]
+
+libtpu.leave_alone()

@@ -14,8 +14,11 @@ GRACE_S = 25.0  # Kubernetes kills 30 s after SIGTERM
 PROMPT_S = 2.0  # what Python gets to raise an exception in, before the process leaves at once
 
 
-class Stopped(Exception):
-  """A signal asked the run to stop and it has saved its state, or has none to save."""
+class Stopped(BaseException):
+  """A signal asked the run to stop and it has saved its state, or has none to save.
+
+  Like KeyboardInterrupt it may be raised anywhere, and is no error that someone would handle.
+  """
 
   def __init__(self, label: str, step: int | None, signal: int) -> None:
     done = "stopped, with nothing to save" if step is None else f"stopped and saved at step {step}"

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -116,15 +117,13 @@ def fit(
   try:
     with program.context(), interruption.training(label, run.kept):
       run.train(progress, interruption, trace)
-  except Exception as error:
-    # To close is to wait for all processes; one that fails alone must tell them instead.
-    if processes.count() == 1 or isinstance(error, Stopped):
-      run.close()
-    raise
-  else:
-    run.close()
   finally:
     progress.finish()
+    # To close is to wait for all processes; one that fails alone must tell them instead.
+    error = sys.exception()
+    together = error is None or (isinstance(error, Stopped) and error.step is not None)
+    if together or processes.count() == 1:
+      run.close()
   result = {
     "metrics": selected(run.history, task.select),
     "parameters": program.parameters,

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from launch.errors import ConfigurationError, nearest
@@ -66,7 +67,22 @@ def make(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None =
     raise ConfigurationError(
       f"--mesh={named or 'data=1'} takes {math.prod(shape)} devices; {len(devices)} are there"
     )
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  on_tpu = devices[0].platform == "tpu"  # a GPU's "slice" is its host, which a mesh need not heed
+  slices = len({getattr(device, "slice_index", None) for device in devices}) if on_tpu else 1
+  if shape[0] % slices:
+    raise ConfigurationError(
+      f"--mesh: data={shape[0]} does not divide among {slices} slices; a multiple of {slices} does"
+    )
+  # Slices lie along data, the axis that exchanges least. (`jax.make_mesh` takes one slice only, and
+  # of a three-dimensional torus only axes that a mesh axis fills.)
+  if slices > 1:
+    within, between = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+    grid = mesh_utils.create_hybrid_device_mesh(
+      within, between, devices, allow_split_physical_axes=True
+    )
+  else:
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager
