@@ -24,8 +24,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from launch.errors import ConfigurationError
+from launch.errors import ConfigurationError, nearest
 from launch.main import COMMAND, VARIABLES
+from launch.runner import PACKAGE, names
 
 PATIENCE_S = 60.0  # between the first failure and the killing of those that are left
 
@@ -72,10 +73,9 @@ def program(experiment: str) -> list[str]:
     if not pathlib.Path(experiment).exists():
       raise ConfigurationError(f"{experiment}: there is no such file")
     return [experiment]
-  from launch.runner import PACKAGE, find
-
   name = experiment.removeprefix(f"{PACKAGE}.")
-  find(name)
+  if name not in names():
+    raise ConfigurationError(f"unknown experiment {name!r}{nearest(name, names())}")
   return ["-m", f"{PACKAGE}.{name}"]
 
 
@@ -107,7 +107,9 @@ def run(flags: argparse.Namespace, experiment: Sequence[str]) -> int:
   logs = flags.logs or pathlib.Path(tempfile.mkdtemp(prefix="launch-local-"))
   logs.mkdir(parents=True, exist_ok=True)
   command = f"python -m launch.local {shlex.join(sys.argv[1:])}"
-  children = []
+  children: list[subprocess.Popen] = []
+  passed = (signal.SIGTERM, signal.SIGINT)
+  before = {s: signal.signal(s, lambda number, _: _send(children, number)) for s in passed}
   for index in range(flags.processes):
     with contextlib.ExitStack() as files:
       output = files.enter_context((logs / f"process-{index}.log").open("w")) if index else None
@@ -123,8 +125,6 @@ def run(flags: argparse.Namespace, experiment: Sequence[str]) -> int:
       )
   pids = " ".join(str(child.pid) for child in children)
   say(f"{flags.processes} processes of {flags.devices} devices: pid {pids}; logs in {logs}")
-  passed = (signal.SIGTERM, signal.SIGINT)
-  before = {s: signal.signal(s, lambda number, _: _send(children, number)) for s in passed}
   try:
     status = wait(children, logs)
   finally:

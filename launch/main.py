@@ -84,9 +84,13 @@ class _one_line:
 
   def __exit__(self, kind, error, trace) -> None:
     text, status = _explained(error)
-    together = error is None or (isinstance(error, Stopped) and error.step is not None)
-    if processes.count() > 1:
-      processes.finish() if together else processes.fail(error, text, status)
+    saved = isinstance(error, Stopped) and error.step is not None  # so have all processes
+    if error is None or saved:
+      processes.finish()
+    if isinstance(error, Stopped):  # at once: a reading thread may be stuck
+      processes.leave(str(text), status)
+    if processes.count() > 1 and error is not None:
+      processes.fail(error, text, status)
     if text is not None:
       print(text, file=sys.stderr)
       sys.exit(status)

@@ -2,9 +2,9 @@
 
 Every process runs the same program and takes part in every compiled call. What is not a computation
 goes through the key-value store of jax's coordination service, which lives in process 0: what one
-process decides for all (`first`), what all must know of each other (`gathered`), the update to stop
-at (`poll`), and who is still there. The last two are the business of a thread, so that they work
-while the main thread waits in a collective that will never end.
+process decides for all (`first`), the update to stop at (`poll`), and who is still there. The last
+two are the business of a thread, so that they work while the main thread waits in a collective that
+will never end.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the client has no public name; orbax reads it there too
 
-from launch.errors import ConfigurationError
+from launch.errors import ConfigurationError, TrainingError
 
 BEAT_S = 2.0  # a sign of life this often
 LOST_S = 30.0  # a process without one for so long is lost,
@@ -40,10 +40,6 @@ def count() -> int:
   return _watch.count if _watch is not None else 1
 
 
-def index() -> int:
-  return _watch.index if _watch is not None else 0
-
-
 def join(
   coordinator: str | None = None,
   process_id: int | None = None,
@@ -58,7 +54,8 @@ def join(
       Kubernetes job that this process is part of.
 
   Raises:
-    ConfigurationError: something is wrong or unknown, or the others cannot be reached.
+    ConfigurationError: something is wrong or unknown.
+    TrainingError: the others cannot be reached.
   """
   global _watch  # noqa: PLW0603
   if coordinator is not None and not re.fullmatch(r"\S+:\d+", coordinator):
@@ -85,7 +82,9 @@ def join(
     if "be defined" in why:
       why = "no TPU pod, Slurm, MPI or Kubernetes job is recognised; give --coordinator=HOST:PORT"
       why += " --process_id=I --process_count=N"
-    raise ConfigurationError(f"--distributed: {why}") from error
+      raise ConfigurationError(f"--distributed: {why}") from error
+    # Others that are late may be there next time: not a mistake in what was asked for.
+    raise TrainingError(f"--distributed: {why}") from error
   if os.environ.get("JAX_PLATFORMS") == "cpu":
     _hush()
   _watch = _Watch()
@@ -106,11 +105,6 @@ def _hush() -> None:
 def first(value: Any) -> Any:
   """What process 0 says (JSON): one decision for all, say about a file that is being written."""
   return value if _watch is None else _watch.first(value)
-
-
-def gathered(value: Any) -> list[Any]:
-  """What every process says (JSON), in their order. All have called when it returns."""
-  return [value] if _watch is None else _watch.gathered(value)
 
 
 def ask(signal: int) -> None:
@@ -136,8 +130,9 @@ def poll(signal: int | None) -> int | None:
 def finish() -> None:
   """Waits until every process is here; after that one that goes is not missed."""
   if _watch is not None:
-    _watch.gathered("finished")
+    _watch.meet("finished")
     _watch.over = True
+    _watch.meet("over")  # everywhere, before anyone goes
 
 
 def leave(text: str, status: int) -> None:
@@ -201,7 +196,7 @@ class _Watch(threading.Thread):
     self.suspects = False  # a collective of this process has failed
     self.over = False
     self.lost = 0  # processes that will not tell that they leave
-    self.calls = 0  # of first and gathered
+    self.calls = 0  # of first
     self.leaving = threading.Lock()
     self.wake = threading.Event()
     self.asked: int | None = None
@@ -220,13 +215,8 @@ class _Watch(threading.Thread):
       return value
     return json.loads(self.client.blocking_key_value_get(key, FOREVER_MS))
 
-  def gathered(self, value: Any) -> list[Any]:
-    self.calls += 1
-    key = f"gathered/{self.calls}"
-    self._set(f"{key}/{self.index}", value)
-    self.client.wait_at_barrier(f"roundup/{key}", FOREVER_MS)
-    found = self._all(key)
-    return [found[str(i)] for i in range(self.count)]
+  def meet(self, where: str) -> None:
+    self.client.wait_at_barrier(f"roundup/{where}", FOREVER_MS)
 
   def ask(self, signal: int) -> None:
     self.asked = self.asked or signal
@@ -258,9 +248,9 @@ class _Watch(threading.Thread):
         if self.index == 0:
           self._look(seen)
         told = self._all("all")
-        if "end" in told:
+        if "end" in told and not self.over:
           self.leave(told["end"]["text"], told["end"]["status"])
-        self._meet(told)
+        self._settle(told)
         self.wake.wait(0.05 if self.waiting else BEAT_S)
         self.wake.clear()
     except Exception:
@@ -298,7 +288,10 @@ class _Watch(threading.Thread):
     for process, sign in beats.items():
       if seen[int(process)][0]["beat"] != sign["beat"]:
         seen[int(process)] = sign, now
-    for process, why in self._all("left").items():
+    left = self._all("left")
+    if self.over:
+      return
+    for process, why in left.items():
       who = _named(int(process), seen[int(process)][0])
       self.leave(f"{who} has left: {why['text']}", why["status"])
     patience = SUSPECT_S if any(sign["suspects"] for sign in beats.values()) else LOST_S
@@ -309,7 +302,7 @@ class _Watch(threading.Thread):
       self.lost = 1
       self.leave(f"error: {who} was lost: no sign of life for {silent:.0f} s; {AGAIN}", 1)
 
-  def _meet(self, told: dict[str, Any]) -> None:
+  def _settle(self, told: dict[str, Any]) -> None:
     """One step towards a common call to stop at."""
     if self.asked and "stop" not in told:
       with contextlib.suppress(Exception):  # another was faster: there is one signal for all

@@ -42,11 +42,14 @@ class Numbers:
 
 
 class Disturbed(Numbers):
+  made = 0  # once to be checked, once to be read
+
   def __init__(self) -> None:
     super().__init__()
+    Disturbed.made += 1
     if os.environ.get("MISSING") == str(jax.process_index()):
       raise FileNotFoundError("numbers: not prepared")
-    if os.environ.get("STUCK") == "native":
+    if os.environ.get("STUCK") == "native" and Disturbed.made == 2:
       hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 
   def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
