@@ -136,9 +136,7 @@ def fit(
   return Fitted(params=run.state.params, variables=run.state.variables, **result)
 
 
-def _finished(
-  program: Program, directory: pathlib.Path, result: dict[str, Any]
-) -> Fitted | None:
+def _finished(program: Program, directory: pathlib.Path, result: dict[str, Any]) -> Fitted | None:
   """A finished stage read back; None when its last checkpoint is damaged."""
   result["failed"] = {int(seed): why for seed, why in result["failed"].items()}
   result["metrics"] = {k: np.asarray(v, float).tolist() for k, v in result["metrics"].items()}
