@@ -259,20 +259,23 @@ class _Watch(threading.Thread):
   def hold(self) -> None:
     """Keeps a connection to the coordination service: its end tells at once that process 0 is gone.
 
-    jax's own client aborts this process a moment later, with a page of text. The service hangs up
-    on who says nothing for a minute, so only one that cannot be reached again is gone.
+    jax's own client aborts this process some milliseconds later, with a page of text. The service
+    hangs up on who says nothing for a minute, so only one that cannot be reached again is gone.
     """
     host, _, port = self.coordinator.rpartition(":")
+    connection = socket.create_connection((host.strip("[]"), int(port)))
+    family, peer = connection.family, connection.getpeername()
     while True:
+      with connection, contextlib.suppress(OSError):
+        while connection.recv(4096):
+          pass
+      connection = socket.socket(family)
       try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=BEAT_S) as connection:
-          connection.settimeout(None)
-          while connection.recv(4096):
-            pass
+        connection.connect(peer)
       except ConnectionRefusedError:
         self._without_coordinator()
         return
-      except OSError:
+      except OSError:  # the network: the heartbeats decide
         time.sleep(BEAT_S)
 
   def _without_coordinator(self) -> None:

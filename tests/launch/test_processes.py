@@ -141,8 +141,10 @@ def test_a_lost_process_ends_the_others(count, victim, tmp_path):
   assert f"process {victim} was ended by SIGKILL" in run.text
   assert "still there" not in run.text
   for index in set(range(count)) - {victim}:
-    assert re.search(rf"process {index} exited with [1-9]", run.text)
-    assert re.search(rf"error: process {victim} \(.*was lost", run.log(index)), run.log(index)
+    assert re.search(rf"process {index} (exited with [1-9]|was ended by SIGABRT)", run.text)
+    # On a busy machine jax may abort a process that lost its coordinator before it can say so.
+    jax_says = r"|Failed to send RPC to coordination service" if victim == 0 else ""
+    assert re.search(rf"error: process {victim} \(.*was lost{jax_says}", run.log(index))
 
 
 @REAL
