@@ -92,7 +92,7 @@ class Interruption:
     """In a thread of its own."""
     with hears:
       while heard := hears.recv(1):
-        if self.unsaved:
+        if self.unsaved and heard[0] in (signal.SIGTERM, signal.SIGINT):
           processes.ask(heard[0])
         if heard[0] == signal.SIGTERM:
           threading.Thread(target=self._expire, daemon=True).start()
