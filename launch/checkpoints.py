@@ -94,8 +94,10 @@ class Checkpoints:
     Raises:
       TrainingError: there are checkpoints and none can be read.
     """
-    reasons: dict[int, str] = {}
-    for step in sorted(self.manager.all_steps(), reverse=True):
+    marked = {path.stem: path.read_text() for path in self.directory.glob("*.damaged")}
+    steps = self.manager.all_steps()
+    reasons = {int(s): why for s, why in processes.first(marked).items() if int(s) in steps}
+    for step in sorted({*steps} - {*reasons}, reverse=True):
       try:
         found = self.read(step, abstract_state)
       except Damaged as error:
@@ -104,6 +106,8 @@ class Checkpoints:
       for bad, reason in reasons.items():
         say(f"{self.directory}: the checkpoint at step {bad} is damaged ({reason}); on from {step}")
         self.manager.delete(bad)
+        if jax.process_index() == 0:
+          (self.directory / f"{bad}.damaged").unlink(missing_ok=True)
       return found
     if reasons:
       whole = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items())
@@ -126,10 +130,11 @@ class Checkpoints:
       state, sealed = restored["state"], restored["record"]
       record, seal = sealed["record"], sealed["seal"]
     except Exception as error:  # whatever a parser met in a damaged file
-      if processes.count() > 1:  # what one cannot read the others may have read
+      if processes.count() > 1:  # what one cannot read the others may have read, and wait for it
+        (self.directory / f"{step}.damaged").write_text(_reason(error))
         raise TrainingError(
-          f"{self.directory / str(step)} cannot be read ({_reason(error)}); remove it to go on from"
-          " an older checkpoint"
+          f"{self.directory / str(step)} cannot be read ({_reason(error)});"
+          " the same command goes on from the checkpoint before"
         ) from error
       raise Damaged(_reason(error)) from error
     if seal != _seal(record):
