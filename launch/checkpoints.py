@@ -152,13 +152,17 @@ class Checkpoints:
       raise SaveError(_reason(error)) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
   """The operating system's word for it where there is one, else the first line."""
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror
   text = str(error) or type(error).__name__
-  named = re.search(r"OS error \d+: (?:E[A-Z]+ )?([^\]]+)\]", text)
-  return named[1] if named else text.splitlines()[0][:160]
+  cause: BaseException | None = error
+  while cause is not None:
+    if isinstance(cause, OSError) and cause.strerror:
+      return cause.strerror
+    if named := re.search(r"OS error \d+: (?:E[A-Z]+ )?([^\]]+)\]", str(cause)):
+      return named[1]
+    cause = cause.__cause__ or cause.__context__
+  return text.splitlines()[0][:160]
 
 
 def _seal(record: dict[str, Any]) -> int:

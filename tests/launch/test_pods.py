@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import jsonschema
@@ -81,7 +82,8 @@ def test_shell(pod, tmp_path):
   files = shell(pod[1])
   for name, text in files.items():
     (tmp_path / name).write_text(text)
-  for command in (["bash", "-n"], ["shellcheck", "--severity=style"]):
+  shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")  # a wheel's program
+  for command in (["bash", "-n"], [str(shellcheck), "--severity=style"]):
     for name in files:
       done = sh(*command, name, cwd=tmp_path)
       assert not done.returncode, done.stdout + done.stderr
