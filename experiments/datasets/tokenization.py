@@ -7,9 +7,10 @@
 
 In the tokenizers made here the special tokens come first, so that padding is 0 as in every other
 set, and the sentinels <extra_0>, <extra_1>, ... of span corruption (T5, UL2) come last, so that
-asking for more of them changes no other id:
+asking for more of them changes no other id. Before them come the markers that an objective asks for
+by name, such as those of filling in the middle:
 
-    0..4 <pad> <bos> <eos> <mask> <sep> | 5..260 bytes | merges of BPE | sentinels
+    0..4 <pad> <bos> <eos> <mask> <sep> | 5..260 bytes | merges of BPE | markers | sentinels
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ class Tokenizer:
 
   Attributes:
     vocab_size: number of ids, special tokens and sentinels included.
-    specials: ids of the special tokens and sentinels by their names.
+    specials: ids of the special tokens, markers and sentinels by their names.
     encode: text (str, or UTF-8 bytes) to (n,) int32; adds no special token and reads none.
     decode: ids (n,) to str without the special tokens; malformed UTF-8 becomes U+FFFD.
   """
@@ -60,12 +61,12 @@ def _sentinels(count: int) -> list[str]:
 
 
 @functools.cache
-def bytes_tokenizer(sentinels: int = 0) -> Tokenizer:
-  """UTF-8 bytes, byte b as id 5 + b: 261 ids and the sentinels."""
-  first = FIRST_BYTE + 256
+def bytes_tokenizer(sentinels: int = 0, markers: tuple[str, ...] = ()) -> Tokenizer:
+  """UTF-8 bytes, byte b as id 5 + b: 261 ids, the markers and the sentinels."""
+  first, added = FIRST_BYTE + 256, [*markers, *_sentinels(sentinels)]
   specials = {name: i for i, name in enumerate(SPECIALS)}
-  specials |= {name: first + i for i, name in enumerate(_sentinels(sentinels))}
-  return Tokenizer(first + sentinels, specials, _encode_bytes, _decode_bytes)
+  specials |= {name: first + i for i, name in enumerate(added)}
+  return Tokenizer(first + len(added), specials, _encode_bytes, _decode_bytes)
 
 
 def _encode(model: tokenizers.Tokenizer, text: str | bytes) -> np.ndarray:
@@ -90,6 +91,7 @@ def train_bpe(
   vocab_size: int,
   *,
   sentinels: int = 0,
+  markers: Sequence[str] = (),
   data_dir: str | os.PathLike | None = None,
 ) -> Tokenizer:
   """Byte-level BPE (Sennrich et al., arXiv:1508.07909, on bytes as in GPT-2) trained on `texts`.
@@ -101,14 +103,16 @@ def train_bpe(
     texts: the training texts.
     vocab_size: ids in all; there are fewer if the texts have too few pairs to merge.
     sentinels: how many of the ids are sentinels.
+    markers: names of further special tokens, which are among the ids too.
     data_dir: where to keep it.
 
   Raises:
     ValueError: `vocab_size` leaves no room for the bytes.
   """
-  merged = vocab_size - sentinels
+  added = [*markers, *_sentinels(sentinels)]
+  merged = vocab_size - len(added)
   if merged < FIRST_BYTE + 256:
-    least = FIRST_BYTE + 256 + sentinels
+    least = FIRST_BYTE + 256 + len(added)
     raise ValueError(f"vocab_size={vocab_size}; accepted: at least {least}, {sentinels} sentinels")
   corpus = [text if isinstance(text, str) else text.decode(errors="replace") for text in texts]
   digest = hashlib.blake2b(f"{tokenizers.__version__} {merged}".encode(), digest_size=8)
@@ -133,7 +137,7 @@ def train_bpe(
     partial = folder / f"{path.name}.{os.getpid()}"
     partial.write_text(model.to_str())
     partial.replace(path)  # whole, whoever else writes the same
-  model.add_special_tokens(_sentinels(sentinels))
+  model.add_special_tokens(added)
   return _wrap(model)
 
 
