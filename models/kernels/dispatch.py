@@ -1,12 +1,15 @@
 """Which implementation of an operation runs, given its name, the platform and the shapes.
 
-An operation keeps a table `{name: Implementation}`, best first, whose last row takes every problem
-on every platform. Nothing else in the repository asks for a platform.
+An operation keeps a table `{name: Implementation}`, best first, in which "xla" takes every problem
+on every platform. The rows after it run only when they are named: kernels that XLA does not shard
+(it would gather their operands), and kernels interpreted step by step, which is slow and shows on
+any machine whether they are right. Nothing else in the repository asks for a platform.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +31,13 @@ class Implementation(NamedTuple):
   backward: Callable[..., Any]
   platforms: tuple[str, ...] = PLATFORMS
   refusal: Callable[..., str | None] = lambda *operands: None
+
+
+def interpreted(module: Any) -> Implementation:
+  """The `forward` and `backward` of a module of Pallas kernels, step by step on any platform."""
+  return Implementation(
+    partial(module.forward, interpret=True), partial(module.backward, interpret=True)
+  )
 
 
 def check(table: Mapping[str, Implementation], name: str | None, *operands: Any) -> None:

@@ -19,13 +19,17 @@ import jax
 import jax.numpy as jnp
 
 from models.kernels import dispatch
-from models.kernels.linear_scan import xla
+from models.kernels.linear_scan import tpu, xla
 
 # An array, or (re, im).
 Operand = Any
 Parts = tuple[jax.Array, ...]
 
-IMPLEMENTATIONS = {"xla": dispatch.Implementation(xla.forward, xla.backward)}
+IMPLEMENTATIONS = {
+  "xla": dispatch.Implementation(xla.forward, xla.backward),
+  "pallas_tpu": dispatch.Implementation(tpu.forward, tpu.backward, ("tpu",), tpu.refusal),
+  "pallas_tpu_interpreted": dispatch.interpreted(tpu),
+}
 
 
 def linear_scan(

@@ -1,0 +1,79 @@
+"""What the TPU kernels share: loops over the rows of a block, and rows of real or complex parts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+
+Row = tuple[jax.Array, ...]  # the parts of one row, each (1, D): (x,) or (re, im)
+
+GROUP = 8  # rows of a register, unrolled
+
+
+def steps(n: jax.Array | int, step: Callable[..., Any], carry: Any, *, descending: bool) -> Any:
+  """step(t, j, carry) for t in 0..n-1 or n-1..0; j is its place in an unrolled group, or None."""
+  groups, tail = n >> 3, n & 7
+  order = range(GROUP)[:: -1 if descending else 1]
+
+  def group(i: jax.Array, carry: Any) -> Any:
+    start = pl.multiple_of((groups - 1 - i if descending else i) * GROUP, GROUP)
+    for j in order:
+      carry = step(start + j, j, carry)
+    return carry
+
+  def single(i: jax.Array, carry: Any) -> Any:
+    return step(n - 1 - i if descending else groups * GROUP + i, None, carry)
+
+  loops = [(groups, group), (tail, single)]
+  for count, body in reversed(loops) if descending else loops:
+    if not (isinstance(count, int) and count == 0):
+      carry = lax.fori_loop(0, count, body, carry)
+  return carry
+
+
+@contextlib.contextmanager
+def indices_of_32_bits(interpret: bool) -> Iterator[None]:
+  """Mosaic takes no 64-bit indices, which `jax_enable_x64` would make."""
+  with contextlib.nullcontext() if interpret else jax.enable_x64(False):
+    yield
+
+
+def row(x: Any, r: int, t: jax.Array) -> Row:
+  return tuple(part[r, pl.ds(t, 1), :] for part in x)
+
+
+def put(x: Any, r: int, t: jax.Array, row: Row) -> None:
+  for part, value in zip(x, row, strict=True):
+    part[r, pl.ds(t, 1), :] = value
+
+
+def copy(source: Any, target: Any) -> None:
+  """Whole blocks, converted; nothing where either is absent."""
+  if source and target:
+    for x, y in zip(source, target, strict=True):
+      y[...] = x[...].astype(y.dtype)
+
+
+def store(target: Any, rows: tuple[Row, ...]) -> None:
+  for r, row in enumerate(rows):
+    for part, value in zip(target, row, strict=True):
+      part[r] = value
+
+
+def add(x: Row, y: Row) -> Row:
+  return tuple(p + q for p, q in zip(x, y, strict=True))
+
+
+def times(x: Row, y: Row) -> Row:
+  if len(x) == 1:
+    return (x[0] * y[0],)
+  return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
+
+
+def conj(x: Row) -> Row:
+  return x if len(x) == 1 else (x[0], -x[1])
