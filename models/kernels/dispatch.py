@@ -33,11 +33,13 @@ class Implementation(NamedTuple):
   refusal: Callable[..., str | None] = lambda *operands: None
 
 
-def interpreted(module: Any) -> Implementation:
+def interpreted(
+  module: Any, refusal: Callable[..., str | None] = lambda *operands: None
+) -> Implementation:
   """The `forward` and `backward` of a module of Pallas kernels, step by step on any platform."""
-  return Implementation(
-    partial(module.forward, interpret=True), partial(module.backward, interpret=True)
-  )
+  forward = partial(module.forward, interpret=True)
+  backward = partial(module.backward, interpret=True)
+  return Implementation(forward, backward, refusal=refusal)
 
 
 def check(table: Mapping[str, Implementation], name: str | None, *operands: Any) -> None:

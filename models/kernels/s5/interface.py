@@ -20,11 +20,15 @@ import jax
 import jax.numpy as jnp
 
 from models.kernels import dispatch
-from models.kernels.s5 import xla
+from models.kernels.s5 import tpu, xla
 
 Pair = tuple[jax.Array, jax.Array]
 
-IMPLEMENTATIONS = {"xla": dispatch.Implementation(xla.forward, xla.backward)}
+IMPLEMENTATIONS = {
+  "xla": dispatch.Implementation(xla.forward, xla.backward),
+  "pallas_tpu": dispatch.Implementation(tpu.forward, tpu.backward, ("tpu",), tpu.refusal),
+  "pallas_tpu_interpreted": dispatch.interpreted(tpu, tpu.refusal),
+}
 
 
 def s5_apply(
