@@ -1,0 +1,137 @@
+"""What the TPU's compiler makes of the kernels, on a machine without one.
+
+    python tests/models/kernels/schedules.py [NAME ...]      prints the table as JSON
+    python tests/models/kernels/schedules.py --update        renews schedules.json
+
+libtpu writes the final bundles of instructions of each program to a folder that must be named
+before it is loaded, so that this is a program of its own. A bundle is what a core issues in a
+cycle; waiting for memory is not in it.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import re
+import tempfile
+
+GOLDEN = pathlib.Path(__file__).with_name("schedules.json")
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+
+def cases():
+  """Name -> (function, operands)."""
+  import jax
+  import jax.numpy as jnp
+
+  from models.kernels.linear_scan import tpu as scan
+  from models.kernels.s5 import tpu as s5
+
+  def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  def of_scan(parts, per_step, dtype, batch=8, length=4096, width=1024):
+    a = (array(*((batch, length, width) if per_step else (width,))),) * parts
+    b, h = (array(batch, length, width, dtype=dtype),) * parts, (array(batch, width),) * parts
+    forward = functools.partial(scan.forward, reverse=False)
+    return forward, (a, b, h), functools.partial(scan.backward, reverse=False), (a, b, h, b, h)
+
+  def of_s5(batch, length, width, states, dtype, by_step=False):
+    def pair(*shape):
+      return array(*shape), array(*shape)
+
+    decay = pair(batch, length, states) if by_step else pair(states)
+    u, state = array(batch, length, width, dtype=dtype), pair(batch, states)
+    operands = (u, (decay,), (decay if by_step else None,), pair(states, width))
+    operands += (pair(width, states), array(width), state)
+    forward = functools.partial(s5.forward, reverses=(False,))
+    saved = jax.eval_shape(forward, *operands)[2]
+    backward = functools.partial(s5.backward, reverses=(False,))
+    return forward, operands, backward, (saved, *operands, u, state)
+
+  f32, bf16 = jnp.float32, jnp.bfloat16
+  both = {
+    "scan real": of_scan(1, True, f32),
+    "scan real bf16": of_scan(1, True, bf16),
+    "scan real constant": of_scan(1, False, f32),
+    "scan real 128": of_scan(1, True, f32, width=128),
+    "scan complex": of_scan(2, True, f32),
+    "scan complex constant": of_scan(2, False, f32),
+    "s5 512 256 bf16": of_s5(8, 4096, 512, 256, bf16),
+    "s5 128 64 f32": of_s5(32, 1024, 128, 64, f32),
+    "s5 128 64 bf16 by step": of_s5(8, 1000, 128, 64, bf16, by_step=True),
+  }
+  return {
+    f"{name} {way}": made[2 * i : 2 * i + 2]
+    for name, made in both.items()
+    for i, way in enumerate(("forward", "backward"))
+  }
+
+
+def loops(text):
+  """Of the bundles of a program the number in each innermost loop, and in all."""
+  rows = []
+  for line in text.splitlines():
+    if found := re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(\w\w)?:?\s*([> ]*):?\s*\{", line):
+      rows.append((found[1], found[2].count(">")))
+  counts = []
+  for i, (label, depth) in enumerate(rows):
+    if label != "LB":
+      continue
+    # Code from behind a loop is interleaved with its end, at a lower depth.
+    last = j = i
+    for j in range(i + 1, min(len(rows), i + 100_000)):
+      if rows[j][0] == "LB" or j - last > 12:
+        break
+      last = j if rows[j][1] >= depth else last
+    inner = not any(rows[k][0] == "LB" for k in range(i + 1, j + 1) if rows[k][1] > depth)
+    if inner:
+      counts.append(last + 1 - i)
+  return {"loops": counts, "all": len(rows)}
+
+
+def measure(chip, names):
+  """Compiles the cases for a chip."""
+  from launch.plan import libtpu
+
+  folder = pathlib.Path(tempfile.mkdtemp())
+  os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+  import jax
+  from jax.sharding import SingleDeviceSharding
+
+  jax.config.update("jax_enable_compilation_cache", False)
+  where = SingleDeviceSharding(libtpu.devices(CHIPS[chip])[0])
+  found = {}
+  for name, (function, operands) in cases().items():
+    if names and name not in names:
+      continue
+    seen = set(folder.iterdir())
+    placed = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), operands
+    )
+    compiled = jax.jit(function).trace(*placed).lower().compile()
+    kernels = [
+      path
+      for path in set(folder.iterdir()) - seen
+      if re.search(r"-(linear_scan|s5)(_backward)?[.\d]*-\d+-final_bundles\.txt$", path.name)
+    ]
+    if len(kernels) != 1:
+      raise ValueError(f"{name}: {sorted(p.name for p in kernels)}; expected one kernel")
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    found[name] = loops(kernels[0].read_text()) | {"temporaries": temporary}
+    for path in set(folder.iterdir()) - seen:
+      path.unlink()
+  return {"libtpu": libtpu.version(), **found}
+
+
+if __name__ == "__main__":
+  parser = argparse.ArgumentParser()
+  parser.add_argument("names", nargs="*")
+  parser.add_argument("--chip", default="v5e", choices=CHIPS)
+  parser.add_argument("--update", action="store_true")
+  flags = parser.parse_args()
+  text = json.dumps(measure(flags.chip, flags.names), indent=1)
+  if flags.update:
+    GOLDEN.write_text(text + "\n")
+  print(text)

@@ -1,0 +1,57 @@
+"""The kernels compile for every TPU in use, and to programs no longer than they were."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import schedules
+
+from launch.plan import libtpu
+
+pytestmark = pytest.mark.skipif(not libtpu.installed(), reason="needs libtpu")
+
+
+def measured(chip):
+  """In a process of its own, which tells libtpu where to write before it is loaded."""
+  path = pathlib.Path(schedules.__file__)
+  environment = {**os.environ, "PYTHONPATH": str(path.parents[3]), "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [sys.executable, path, f"--chip={chip}"],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=900,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout)
+
+
+def test_bundles_and_temporaries():
+  golden = json.loads(schedules.GOLDEN.read_text())
+  if golden.pop("libtpu") != libtpu.version():
+    pytest.skip(f"recorded with another libtpu; {schedules.__doc__.splitlines()[3].strip()}")
+  found = measured("v5e")
+  found.pop("libtpu")
+  assert found.keys() == golden.keys()
+  longer = {
+    name: (have, golden[name])
+    for name, have in found.items()
+    if len(have["loops"]) != len(golden[name]["loops"])
+    or any(x > 1.1 * y for x, y in zip(have["loops"], golden[name]["loops"], strict=True))
+    or have["all"] > 1.1 * golden[name]["all"]
+    or have["temporaries"] > golden[name]["temporaries"]
+  }
+  assert not longer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5p", "v6e"])
+def test_other_chips(chip):
+  found = measured(chip)
+  found.pop("libtpu")
+  assert found.keys() == schedules.cases().keys()
+  assert not any(case["temporaries"] for case in found.values())
