@@ -42,24 +42,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from sklearn.linear_model import LogisticRegression
 
-from experiments.datasets import few_shot, sentences, sources, weights
+from experiments.datasets import encoders, few_shot, per_seed, sentences, sources
 from launch import Claim, Study, Task, main
-from models import pretrained, sequence
-from objectives import classification, contrastive, optimizers
+from objectives import classification, contrastive, recipes
 
-BERT = {"model_type": "bert", "position_embedding_type": "absolute", "hidden_act": "gelu"}
-SIZES = (
-  *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-  *("intermediate_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps"),
-)
-ENCODERS: dict[str, tuple[float, ...]] = {
-  "minilm": (30_522, 384, 6, 12, 1536, 512, 2, 1e-12),  # all-MiniLM-L6-v2
-  "mpnet": (30_527, 768, 12, 12, 3072, 514, 1, 1e-5),  # paraphrase-mpnet-base-v2
-  "roberta-large": (50_265, 1024, 24, 16, 4096, 514, 1, 1e-5),  # all-roberta-large-v1
-}
+ENCODERS = ("minilm", "mpnet", "roberta-large")
 SCALES = ("laptop", *(f"paper/{name}" for name in ENCODERS))
 TOPOLOGIES = {"paper/*": ("v5e-4", "data=2,fsdp=2")}
 
@@ -69,12 +58,12 @@ def get_config(scale: str = "laptop") -> ml_collections.ConfigDict:
     {
       "encoder": "minilm",
       "sets": "science library",  # results are their mean
+      "classes": 6,
       "per_class": 8,  # N
-      "held_out": 50,
+      "held_out": 100,
       "length": 16,
       "method": "setfit",  # | fine-tune | probe: no tuning
       "repeats": 5,  # R
-      "classes": 4,
       "optimizer": {"lr": 2e-5, "weight_decay": 0.01, "warmup": 0.1, "clip": 1.0},
       "batch_size": 16,  # pairs, or sentences in fine-tuning
       "C": 1.0,  # of the head
@@ -85,37 +74,9 @@ def get_config(scale: str = "laptop") -> ml_collections.ConfigDict:
     name = scale.removeprefix("paper/")
     if name not in ENCODERS:
       raise KeyError(scale)
-    config.update({"encoder": name, "sets": "ag_news_subset"})
+    config.update({"encoder": name, "sets": "ag_news_subset", "classes": 4})
     config.update({"repeats": 20, "length": 256, "held_out": 1900, "steps_per_dispatch": 1})
   return config
-
-
-def encoder(config) -> Any:
-  fields = dict(zip(SIZES, ENCODERS[config.encoder], strict=True))
-  return pretrained.bert(BERT | fields)[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def embed(model, params, tokens_NL: jax.Array, lengths_N: jax.Array) -> jax.Array:
-  """Sentence vectors (N, D): the mean of the tokens' features, padding left out."""
-  features_NLD = model.apply({"params": params}, tokens_NL, lengths=lengths_N)
-  return sequence.pool(features_NLD, lengths_N, "mean")
-
-
-def adamw(config, steps: int) -> optax.GradientTransformation:
-  """AdamW on clipped gradients, without decay of biases and norms; the rate rises, then falls."""
-  o, warmup = config.optimizer, int(config.optimizer.warmup * steps)
-  rise = optax.linear_schedule(0.0, o.lr, max(warmup, 1))
-  fall = optax.linear_schedule(o.lr, 0.0, steps - warmup)
-  rate = optax.join_schedules([rise, fall], [warmup])
-  rules = [("(bias|norm/scale)$", "plain")]
-
-  def decays(params):
-    labels = optimizers.by_path(params, rules, default="decays")
-    return jax.tree.map(lambda label: label == "decays", labels)
-
-  decayed = optax.adamw(rate, weight_decay=o.weight_decay, mask=decays)
-  return optax.chain(optax.clip_by_global_norm(o.clip), decayed)
 
 
 def steps_of(config) -> int:
@@ -124,49 +85,77 @@ def steps_of(config) -> int:
   return {"setfit": 1, "fine-tune": 2, "probe": 0}[config.method] * pairs // config.batch_size
 
 
-def stages(config, made: "Prepared | None" = None) -> dict[str, Task]:
-  """The tuning of the encoder.
+class Prepared(NamedTuple):
+  """One set of sentences as tokens, its splits, and the pretrained encoder."""
 
-  Every seed has its own split, so an example holds one pair (or sentence) of each, (S, ...), and a
-  seed is told which is its own by the collection `split`, which is not trained.
-  """
-  model, splits = (made.model, len(made.seeds)) if made else (encoder(config), 1)
-  tuned, steps = config.method == "setfit", steps_of(config)
+  model: Any
+  start: Any  # pretrained parameters
+  tokens: np.ndarray  # (N, L)
+  lengths: np.ndarray  # (N,)
+  labels: np.ndarray  # (N,)
+  draws: list[few_shot.Draw]  # a seed
+
+
+def prepare(config, name: str, seeds: Sequence[int]) -> Prepared:
+  encoder, pool = encoders.load(config.encoder), few_shot.pool(name)
+  tokens, lengths = sentences.rows(encoder.tokenizer, pool.texts, config.length)
+  model, start, (tokens,) = encoders.compact(encoder, [tokens])
+  draws = [few_shot.draw(pool, config.per_class, config.held_out, seed) for seed in seeds]
+  return Prepared(model, start, tokens, lengths, pool.labels, draws)
+
+
+def training_data(config, made: Prepared, seeds: Sequence[int]) -> sources.InMemory:
+  """The pairs of every split side by side, or its labelled sentences."""
+  parts = []
+  for drawn, seed in zip(made.draws, seeds, strict=True):
+    labels_M = made.labels[drawn.train]
+    rows, fields = drawn.train, {"labels": labels_M.astype(np.int32)}
+    if config.method == "setfit":
+      picked, targets = few_shot.pairs(labels_M, config.repeats, seed)
+      rows, fields = drawn.train[picked], {"targets": targets}
+    parts.append({"inputs": made.tokens[rows], "lengths": made.lengths[rows]} | fields)
+  return per_seed.together(parts)
+
+
+def stages(config, made: Prepared | None = None, seeds: Sequence[int] = (0,)) -> dict[str, Task]:
+  """The tuning of the encoder; every seed has its own split."""
+  model = made.model if made else encoders.architecture(config.encoder)
+  tuned, steps, o = config.method == "setfit", steps_of(config), config.optimizer
   sides = (2,) if tuned else ()
-  example = {
-    "inputs": jax.ShapeDtypeStruct((splits, *sides, config.length), jnp.int32),
-    "lengths": jax.ShapeDtypeStruct((splits, *sides), jnp.int32),
-  }
-  kind = jnp.float32 if tuned else jnp.int32
-  example["targets" if tuned else "labels"] = jax.ShapeDtypeStruct((splits,), kind)
-  head = nn.Dense(config.classes)
+  one = {"inputs": jax.ShapeDtypeStruct((*sides, config.length), jnp.int32)}
+  one["lengths"] = jax.ShapeDtypeStruct(sides, jnp.int32)
+  kind, head = jnp.float32 if tuned else jnp.int32, nn.Dense(config.classes)
+  one["targets" if tuned else "labels"] = jax.ShapeDtypeStruct((), kind)
 
   def init(key):
     body, top = jax.random.split(key)
     params = {"encoder": model.init(body, jnp.zeros((1, config.length), jnp.int32))["params"]}
     if not tuned:
       params["head"] = head.init(top, jnp.zeros((1, model.features)))["params"]
-    return {"params": params, "split": {"index": jnp.zeros((), jnp.int32)}}
+    return {"params": params}
 
   def loss(params, variables, batch, key, *, train):
-    own = {k: batch[k][:, variables["split"]["index"]] for k in example} | {"mask": batch["mask"]}
-    tokens_NL = own["inputs"].reshape(-1, config.length)
-    vectors_ND = embed(model, params["encoder"], tokens_NL, own["lengths"].reshape(-1))
+    tokens_NL, lengths_N = batch["inputs"].reshape(-1, config.length), batch["lengths"].reshape(-1)
+    vectors_ND = encoders.sentence_vectors(model, params["encoder"], tokens_NL, lengths_N)
     if tuned:
       pairs_B2D = vectors_ND.reshape(-1, 2, vectors_ND.shape[-1])
-      value, metrics = contrastive.cosine_pairs(pairs_B2D, own)
+      value, metrics = contrastive.cosine_pairs(pairs_B2D, batch)
     else:
       logits_BC: Any = head.apply({"params": params["head"]}, vectors_ND)
-      value, metrics = classification.cross_entropy(logits_BC, own)
+      value, metrics = classification.cross_entropy(logits_BC, batch)
     return value, (metrics, variables)
 
+  def data():
+    return training_data(config, made or prepare(config, config.sets.split()[0], seeds), seeds)
+
+  init, loss = per_seed.own(init, loss)
   return {
     "body": Task(
       init=init,
       loss=loss,
-      optimizer=adamw(config, max(steps, 1)),
-      example=example,
-      data=lambda: training_data(config, made or prepare(config, config.sets.split()[0], (0,))),
+      optimizer=recipes.finetuning(steps=max(steps, 1), **o),
+      example=per_seed.example(one, len(seeds)),
+      data=data,
       batch_size=config.batch_size,
       steps=steps,
       steps_per_dispatch=config.steps_per_dispatch,
@@ -174,152 +163,101 @@ def stages(config, made: "Prepared | None" = None) -> dict[str, Task]:
   }
 
 
-class Prepared(NamedTuple):
-  """One set of sentences as tokens, its splits, and the pretrained encoder.
-
-  `pools`, `tokens` and `lengths` have one entry, or two where a set has its own test sentences.
-  """
-
-  model: Any
-  start: Any  # pretrained parameters
-  pools: list[few_shot.Pool]
-  tokens: list[np.ndarray]  # (N, L) each
-  lengths: list[np.ndarray]  # (N,)
-  draws: list[few_shot.Draw]  # a seed
-  seeds: Sequence[int]
-
-
-def prepare(config, name: str, seeds: Sequence[int]) -> Prepared:
-  """Tokens of a set, numbered by the rows of the embedding that they use; the others are cut."""
-  if config.encoder != "minilm":
-    raise FileNotFoundError(f"encoder={config.encoder!r}: no package carries its weights")
-  loaded, pool = weights.minilm(), few_shot.pool(name)
-  assert loaded.tokenizer is not None
-  pools = [pool] if pool.test is None else [pool, pool.test]
-  draws = [few_shot.draw(pool, config.per_class, config.held_out, seed) for seed in seeds]
-  rows = [sentences.rows(loaded.tokenizer, part.texts, config.length) for part in pools]
-  used = np.unique(np.concatenate([tokens.ravel() for tokens, _ in rows]))
-  model, names = pretrained.bert(loaded.config)
-  shape = jax.ShapeDtypeStruct((1, config.length), jnp.int32)
-  abstract = jax.eval_shape(model.init, jax.random.key(0), shape)
-  start = dict(nn.meta.unbox(pretrained.load(loaded.tensors, names, abstract))["params"])
-  start["embedding"] = start["embedding"][used]
-  tokens = [np.searchsorted(used, ids).astype(np.int32) for ids, _ in rows]
-  lengths = [length for _, length in rows]
-  return Prepared(model.clone(vocab=len(used)), start, pools, tokens, lengths, draws, seeds)
-
-
-def training_data(config, made: Prepared) -> sources.InMemory:
-  """The pairs of every split side by side, or its labelled sentences."""
-  labels_N, columns = made.pools[0].labels, []
-  for drawn, seed in zip(made.draws, made.seeds, strict=True):
-    if config.method == "setfit":
-      picked, targets = few_shot.pairs(labels_N[drawn.train], config.repeats, seed)
-      columns.append((drawn.train[picked], targets))
-    else:
-      columns.append((drawn.train, labels_N[drawn.train].astype(np.int32)))
-  rows, targets = (np.stack(column, 1) for column in zip(*columns, strict=True))
-  name = "targets" if config.method == "setfit" else "labels"
-  fields = {"inputs": made.tokens[0][rows], "lengths": made.lengths[0][rows], name: targets}
-  return sources.InMemory(fields)
-
-
 def accuracy(config, made: Prepared, params, drawn: few_shot.Draw) -> float:
   """On the held-out sentences, of the head that was trained, or of one fitted to embeddings now."""
 
-  def vectors(part: int, chosen: np.ndarray) -> np.ndarray:
+  def vectors(chosen: np.ndarray) -> np.ndarray:
+    embed = functools.partial(encoders.sentence_vectors, made.model, params["encoder"])
     parts = np.array_split(chosen, -(-len(chosen) // 200))
-    rows = [(made.tokens[part][i], made.lengths[part][i]) for i in parts]
-    return np.concatenate([embed(made.model, params["encoder"], *row) for row in rows])
+    return np.concatenate([embed(made.tokens[i], made.lengths[i]) for i in parts])
 
-  train, test = made.pools[0], made.pools[-1]
-  held_out = vectors(len(made.pools) - 1, drawn.held_out)
+  held_out = vectors(drawn.held_out)
   if "head" in params:
     predicted = (held_out @ params["head"]["kernel"] + params["head"]["bias"]).argmax(-1)
   else:
     head = LogisticRegression(C=config.C, max_iter=1_000)
-    predicted = head.fit(vectors(0, drawn.train), train.labels[drawn.train]).predict(held_out)
-  return float((predicted == test.labels[drawn.held_out]).mean())
+    predicted = head.fit(vectors(drawn.train), made.labels[drawn.train]).predict(held_out)
+  return float((predicted == made.labels[drawn.held_out]).mean())
 
 
 def fit_and_score(config, lab, name: str) -> dict[str, list[float]]:
   """One set of sentences: every seed's split tuned in one program, then each one's head."""
-  made, count = prepare(config, name, lab.seeds), len(lab.seeds)
+  made = prepare(config, name, lab.seeds)
   untouched = {"encoder": made.start}
-  bodies: Sequence[Any] = [untouched] * count
+  bodies: Sequence[Any] = [untouched] * len(lab.seeds)
   if config.method != "probe":
-    (task,) = stages(config, made).values()
-    keys = jax.vmap(jax.random.key)(jnp.array(lab.seeds))
-    params = dict(jax.vmap(lambda key: nn.meta.unbox(task.init(key)))(keys)["params"])
-    params["encoder"] = jax.tree.map(lambda x: jnp.stack([x] * count), made.start)
-    split = {"index": jnp.arange(count, dtype=jnp.int32)}
-    fitted = lab.fit(f"body-{name}", task, {"params": params, "split": split})
-    tuned = jax.device_get(fitted.params)
-    bodies = [jax.tree.map(lambda x, s=s: x[s], tuned) for s in range(count)]
-  pairs = list(zip(bodies, made.draws, strict=True))
+    (task,) = stages(config, made, lab.seeds).values()
+    start = per_seed.start(task.init, lab.seeds)
+    alike = jax.tree.map(lambda x: jnp.stack([x] * len(lab.seeds)), untouched)
+    start["params"] = start["params"] | alike
+    tuned = jax.device_get(lab.fit(f"body-{name}", task, start).params)
+    bodies = [jax.tree.map(lambda x, s=s: x[s], tuned) for s in range(len(lab.seeds))]
+  scored = functools.partial(accuracy, config, made)
   return {
-    "accuracy": [accuracy(config, made, body, drawn) for body, drawn in pairs],
-    "probe accuracy": [
-      accuracy(config, made, {"encoder": made.start}, drawn) for _, drawn in pairs
-    ],
+    "accuracy": [scored(body, drawn) for body, drawn in zip(bodies, made.draws, strict=True)],
+    "probe accuracy": [scored(untouched, drawn) for drawn in made.draws],
   }
 
 
 def run(config, lab) -> dict[str, list[float]]:
   """Mean accuracy over the sets, and each set's, of the arm and of the probe on the same splits."""
-  found: dict[str, list[float]] = {}
   names = config.sets.split()
-  parts = [fit_and_score(config, lab, name) for name in names]
+  parts = {name: fit_and_score(config, lab, name) for name in names}
+  found = {}
   for metric in ("accuracy", "probe accuracy"):
-    found[metric] = np.mean([part[metric] for part in parts], axis=0).tolist()
-    found |= {f"{metric}/{name}": p[metric] for name, p in zip(names, parts, strict=True)}
+    found[metric] = np.mean([part[metric] for part in parts.values()], axis=0).tolist()
+    found |= {f"{metric}/{name}": part[metric] for name, part in parts.items()}
   return found
 
 
-RATES, TUNED = (2e-5, 1e-4, 5e-4), ("setfit", "fine-tune")
 ARMS: dict[str, dict[str, Any]] = {
-  "setfit": {},
-  "fine-tune": {"method": "fine-tune", "optimizer.lr": 1e-4},
+  "setfit": {"optimizer.lr": 5e-4},
+  "fine-tune": {"method": "fine-tune", "optimizer.lr": 5e-4},
   "probe": {"method": "probe"},
 }
-probe = functools.partial(
-  Claim, "beats the linear probe", "accuracy", against_metric="probe accuracy", at_least=0.0
-)
+MANY = {"setfit R=20": {"repeats": 20, "optimizer.lr": 5e-4}}
+RATES = (5e-6, 2e-5, 1e-4, 5e-4, 2e-3)
+TUNED = {"setfit": RATES, "fine-tune": RATES, "setfit R=20": (1e-4, 5e-4)}
+probe = functools.partial(Claim, metric="accuracy", against_metric="probe accuracy", at_least=0.0)
 STUDIES = [
   Study(
     "few",
     arms=ARMS,
+    seeds=5,
     claims=[
-      probe(of="setfit", against="setfit"),
+      probe("beats the linear probe", of="setfit", against="setfit"),
       Claim("beats fine-tuning", "accuracy", of="setfit", against="fine-tune", at_least=0.1),
     ],
   ),
-  Study(
-    "pairs",  # as many as in the paper, and more sentences
+  Study(  # as many as in the paper
+    "pairs",
     config={"sets": "science"},
-    arms={"R=20": {"repeats": 20}, "N=16": {"per_class": 16}},
-    plot=["accuracy", "probe accuracy"],
-    optional=True,
+    arms=MANY,
+    seeds=5,
+    claims=[probe("beats the linear probe", of="setfit R=20", against="setfit R=20")],
   ),
   Study(
     "paper",
     scales=("paper/*",),
     seeds=10,
-    config={"classes": 4},
     arms={
       f"{arm} N={n}": ARMS[arm] | {"per_class": n, "optimizer.lr": 2e-5}
       for n in (8, 64)
       for arm in ARMS
     },
     claims=[
-      probe(of="setfit N=8", against="setfit N=8"),
+      probe("beats the linear probe", of="setfit N=8", against="setfit N=8"),
       Claim("and fine-tuning", "accuracy", of="setfit N=8", against="fine-tune N=8", at_least=0.0),
     ],
   ),
   Study(  # the rates of ARMS were best here, on a pool of its own
     "tuning",
-    arms={f"{arm} lr={r:g}": ARMS[arm] | {"optimizer.lr": r} for arm in TUNED for r in RATES},
-    config={"sets": "tuning"},
+    arms={
+      f"{arm} lr={rate:g}": (ARMS | MANY)[arm] | {"optimizer.lr": rate}
+      for arm, rates in TUNED.items()
+      for rate in rates
+    },
+    config={"sets": "tuning", "held_out": 70},
     seeds=(100, 101),
     plot=["accuracy"],
     optional=True,

@@ -34,7 +34,6 @@ in and 512 out, Adafactor; the shapes are ours, near the stated 335 M and 167 M 
 model of 20 B.
 
     python -m experiments.ul2                                  # all laptop studies
-    python -m experiments.ul2 --study=encoder-decoder --seeds=5
     python -m experiments.ul2 --study=tuning                   # learning rates, by validation score
     python -m launch.plan ul2 --scale=paper/base
 """
@@ -46,14 +45,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
-import optax.contrib
 
-from experiments.datasets import sources, text, tokenization
+from experiments.datasets import corpora, sources, tokenization
 from launch import Claim, Evaluation, Study, Task, main
 from models import t5
 from models.transformer import Transformer
-from objectives import corruption, language, optimizers
+from objectives import corruption, language, recipes
 from objectives.corruption import UL2, Denoiser
 
 CAUSAL, PREFIX = Denoiser(1.0, None, "S"), Denoiser(0.5, None, "S")
@@ -75,10 +72,9 @@ MEASURED = {
 }
 UNTOLD = {"S told R": UL2[2]._replace(mode="R"), "X dense told R": UL2[4]._replace(mode="R")}
 PARADIGMS = {"R": "[NLU]", "S": "[S2S]", "X": "[NLG]"}  # as in the released checkpoints
-END = "<eos>"
 
-# layers of the encoder (and decoder), width, heads, their width, hidden, batch, steps, mesh
-PAPER = {
+SIZES = ("layers", "features", "heads", "head_dim", "mlp")  # of the encoder, and of the decoder
+PAPER = {  # sizes, batch, steps
   "base": (12, 768, 12, 64, 3072, 128, 500_000),
   "20b": (32, 4096, 16, 256, 16_384, 1024, 2_000_000),
 }
@@ -96,12 +92,8 @@ def get_config(scale: str = "laptop") -> ml_collections.ConfigDict:
       "inputs": 64,
       "targets": 64,
       "vocab": None,  # bytes
-      "layers": 2,
-      "width": 64,
-      "heads": 4,
-      "head_dim": 16,
-      "hidden": 256,
-      "activation": "relu",
+      "model": {"layers": 2, "features": 64, "heads": 4, "head_dim": 16, "mlp": 256}
+      | {"activation": "relu"},
       "tied": True,
       "dtype": "float32",
       "optimizer": {"name": "muon", "lr": 2e-2, "total_steps": 500, "warmup_steps": 50},
@@ -112,102 +104,66 @@ def get_config(scale: str = "laptop") -> ml_collections.ConfigDict:
     }
   )
   if scale != "laptop":
-    settings = PAPER[scale.removeprefix("paper/")]
-    keys = ("layers", "width", "heads", "head_dim", "hidden", "batch_size")
-    values: dict[str, Any] = dict(zip((*keys, "optimizer.total_steps"), settings, strict=True))
-    values |= {"data": ("c4",), "vocab": 32_128, "inputs": 512, "targets": 512}
-    values |= {"activation": "swiglu", "tied": False, "dtype": "bfloat16"}
-    values |= {"optimizer.name": "adafactor", "optimizer.lr": 1.0, "optimizer.warmup_steps": 10_000}
-    values |= {"steps_per_dispatch": 1, "checkpoint_every": 5_000}
-    config.update_from_flattened_dict(values)
+    *sizes, batch, steps = PAPER[scale.removeprefix("paper/")]
+    config.update({"data": ("c4",), "vocab": 32_128, "inputs": 512, "targets": 512})
+    config.model.update(dict(zip(SIZES, sizes, strict=True)) | {"activation": "swiglu"})
+    config.update({"tied": False, "dtype": "bfloat16"})
+    config.update({"batch_size": batch, "steps_per_dispatch": 1, "checkpoint_every": 5_000})
+    schedule = {"lr": 1.0, "total_steps": steps, "warmup_steps": 10_000}
+    config.optimizer.update({"name": "adafactor"} | schedule)
   return config
 
 
 def special(config) -> tuple[int, dict[str, Any], dict[str, int]]:
   """The vocabulary, what `corruption.denoise` must know of it, and the paradigms' ids."""
   count = config.inputs // 4  # spans of (3, 0.5), the most there are
-  made = tokenization.bytes_tokenizer(count, tuple(PARADIGMS.values()))
-  names = made.specials
-  if config.vocab is None:
-    first, vocab = names["<extra_0>"], made.vocab_size
-    modes = {mode: names[name] for mode, name in PARADIGMS.items()}
-  else:  # the last ids, the paradigms before the sentinels
-    vocab, first = config.vocab, config.vocab - count
-    modes = {mode: first - 3 + i for i, mode in enumerate(PARADIGMS)}
+  vocab = config.vocab or tokenization.bytes_tokenizer(count, tuple(PARADIGMS.values())).vocab_size
+  first = vocab - count  # the sentinels are the last ids, and the paradigms those before them
+  modes = {mode: first - len(PARADIGMS) + i for i, mode in enumerate(PARADIGMS)}
   sizes = {"inputs": config.inputs, "targets": config.targets}
-  return vocab, sizes | {"end": names[END], "sentinels": np.arange(first, first + count)}, modes
-
-
-def rows(config, split: str) -> sources.InMemory:
-  """Windows long enough for every denoiser; of what is held out some from all over."""
-  if "c4" in config.data:
-    raise sources.DatasetNotFound("data='c4': tokens of c4/en by a 32k vocabulary; in no package")
-  found = [text.windows(d, split, length(config)).fields["inputs"] for d in config.data]
-  joined = np.concatenate(found)
-  if split != "train":
-    joined = joined[np.linspace(0, len(joined) - 1, config.measured).astype(int)]
-  return sources.InMemory({"inputs": joined})
+  end = tokenization.SPECIALS.index("<eos>")
+  return vocab, sizes | {"end": end, "sentinels": first + np.arange(count)}, modes
 
 
 def length(config) -> int:
+  """Tokens enough for the input of every denoiser."""
   return max(corruption.chunk(d, config.inputs, config.targets) for d in UL2)
 
 
-def optimizer(name: str, lr: float, total_steps: int, warmup_steps: int):
-  """Muon on matrices, with warm-up and cosine, or Adafactor: lr / sqrt(max(step, warm-up))."""
-  if name == "adafactor":
-    return optax.adafactor(lambda count: lr / jnp.sqrt(jnp.maximum(count, warmup_steps)))
-  rate = optimizers.warmup_cosine(lr, total_steps, warmup_steps)
-  groups = {"matrix": optax.contrib.muon(rate), "rest": optax.adam(lambda n: rate(n) / 4)}
-  rules = [("kernel$", "matrix")]
-  return optax.multi_transform(
-    groups, functools.partial(optimizers.by_path, rules=rules, default="rest")
-  )
+def rows(config, split: str) -> sources.InMemory:
+  count = None if split == "train" else config.measured
+  return corpora.rows(config.data, split, length(config), count=count)
+
+
+def network(config, vocab: int) -> Any:
+  fields: dict[str, Any] = {**config.model, "dtype": jnp.dtype(config.dtype)}
+  match config.architecture:
+    case "encoder-decoder":
+      return t5.T5(vocab, **fields, tied=config.tied, scaled=config.tied)
+    case "decoder":
+      fields |= {"mask": "prefix", "position": "rotary", "norm": "rms", "use_bias": False}
+      return Transformer(vocab, **fields, head="tied" if config.tied else "untied")
+  raise ValueError(f"architecture={config.architecture!r}; accepted: encoder-decoder, decoder")
 
 
 def stages(config) -> dict[str, Task]:
   vocab, ids, modes = special(config)
-  sizes: dict[str, Any] = {"features": config.width, "layers": config.layers, "heads": config.heads}
-  sizes |= {"head_dim": config.head_dim, "mlp": config.hidden, "activation": config.activation}
-  sizes |= {"dtype": jnp.dtype(config.dtype)}
-  model: Any
-  if config.architecture == "encoder-decoder":
-    model = t5.T5(vocab, **sizes, tied=config.tied, scaled=config.tied)
-  elif config.architecture == "decoder":
-    plain: dict[str, Any] = {"mask": "prefix", "position": "rotary", "norm": "rms"}
-    plain |= {"use_bias": False, "head": "tied" if config.tied else "untied"}
-    model = Transformer(vocab, **sizes, **plain)
-  else:
-    accepted = "encoder-decoder, decoder"
-    raise ValueError(f"architecture={config.architecture!r}; accepted: {accepted}")
+  model, decoder = network(config, vocab), config.architecture == "decoder"
 
   def corrupted(key, tokens_BT, denoisers, shares=None):
-    """Examples of a batch."""
     told = [modes[d.mode] for d in denoisers] if config.paradigms else None
-
-    def one(key, tokens_T):
-      fields = {"denoisers": denoisers, "shares": shares, "modes": told}
-      return corruption.denoise(key, tokens_T, **fields, **ids)
-
-    examples = jax.vmap(one)(jax.random.split(key, len(tokens_BT)), tokens_BT)
-    if config.architecture == "decoder":
-      return jax.vmap(corruption.joined)(examples)
-    shifted = jnp.pad(examples["targets"][:, :-1], ((0, 0), (1, 0)))
-    return examples | {"shifted": shifted}
-
-  def given(examples):
-    others = ("shifted",) if config.architecture == "encoder-decoder" else ()
-    named = ("lengths",) if others else ("lengths", "prefix")
-    return [examples[k] for k in ("inputs", *others)], {k: examples[k] for k in named}
+    fields = {"denoisers": denoisers, "shares": shares, "modes": told}
+    return corruption.denoised(key, tokens_BT, decoder=decoder, **fields, **ids)
 
   def init(key):
-    inputs, fields = given(corrupted(key, jnp.zeros((1, length(config)), jnp.int32), UL2))
-    return model.init(key, *inputs, **fields)
+    examples = corrupted(key, jnp.zeros((1, length(config)), jnp.int32), UL2)
+    placed, named = corruption.arguments(examples)
+    return model.init(key, *placed, **named)
 
   def loss(params, variables, batch, key, *, train):
     examples = corrupted(key, batch["inputs"], MIXTURES[config.mixture])
-    inputs, fields = given(examples)
-    logits = model.apply({"params": params}, *inputs, **fields, train=train)
+    placed, named = corruption.arguments(examples)
+    logits = model.apply({"params": params}, *placed, **named, train=train)
     value, metrics = language.next_token(logits, examples | {"mask": batch["mask"]})
     return value, (metrics, variables)
 
@@ -219,8 +175,9 @@ def stages(config) -> dict[str, Task]:
       return corrupted(key, batch["inputs"], tuple(kinds.values()), shares)
 
     each = jax.vmap(of)(jnp.eye(len(kinds)))  # (kinds, B, ...)
-    inputs, fields = given(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), each))
-    logits = jnp.split(model.apply({"params": params}, *inputs, **fields), len(kinds))
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), each)
+    placed, named = corruption.arguments(flat)
+    logits = jnp.split(model.apply({"params": params}, *placed, **named), len(kinds))
     metrics = {}
     for i, name in enumerate(kinds):
       asked = {k: each[k][i] for k in ("targets", "weights")} | {"mask": batch["mask"]}
@@ -231,7 +188,7 @@ def stages(config) -> dict[str, Task]:
     "train": Task(
       init=init,
       loss=loss,
-      optimizer=optimizer(**config.optimizer),
+      optimizer=recipes.language_model(**config.optimizer),
       example={"inputs": jax.ShapeDtypeStruct((length(config),), np.int32)},
       data=functools.partial(rows, config, "train"),
       batch_size=config.batch_size,
@@ -258,23 +215,24 @@ def run(config, lab) -> dict[str, list[float]]:
 ARMS: dict[str, dict[str, Any]] = {
   name: {"mixture": name, "paradigms": name == "ul2"} for name in MIXTURES
 }
-LAPTOP = ("ul2", "span corruption", "prefix lm", "span corruption + lm")
-BASELINES = LAPTOP[1:]
-RATES = (1e-2, 2e-2, 4e-2)
+LAPTOP = {n: ARMS[n] for n in ("ul2", "span corruption", "prefix lm", "span corruption + lm")}
+BOTH = {n: ARMS[n] for n in ("ul2", "span corruption")}
 DECODER = {"architecture": "decoder"}
+PLOT = ["test/score", *(f"test/{name}" for name in MEASURED)]
 
 ratio = functools.partial(Claim, of="ul2", ratio=True)
 best = functools.partial(ratio, metric="test/score", at_most=1.0)
 home = functools.partial(ratio, at_most=1.05)
 away = functools.partial(Claim, against="ul2", ratio=True, at_least=1.1, refuted_below=1.0)
 told = functools.partial(ratio, against="ul2", at_most=0.98, refuted_above=1.0)
+AGAINST_ALL = [best(f"against {arm}", against=arm) for arm in ARMS if arm != "ul2"]
 
 STUDIES = [
   Study(
     "encoder-decoder",
-    arms={arm: ARMS[arm] for arm in LAPTOP},
+    arms=LAPTOP,
     claims=[
-      *(best(f"the best single model: against {arm}", against=arm) for arm in BASELINES),
+      *(best(f"the best single model: against {n}", against=n) for n in LAPTOP if n != "ul2"),
       home("close to span corruption at home", "test/R", against="span corruption"),
       home("close to prefix lm at home", "test/S", against="prefix lm"),
       away("span corruption loses away", "test/S", "span corruption"),
@@ -284,32 +242,23 @@ STUDIES = [
         for n in ("S", "X dense")
       ),
     ],
-    plot=["test/score", *(f"test/{name}" for name in MEASURED)],
+    plot=PLOT,
   ),
   Study(
     "decoder",
     config=DECODER,
-    arms={arm: ARMS[arm] for arm in LAPTOP[:2]},
+    arms=BOTH,
     claims=[best("a decoder gains over span corruption", against="span corruption")],
-    plot=["test/score", *(f"test/{name}" for name in MEASURED)],
+    plot=PLOT,
   ),
-  Study(
-    "paper",
-    scales=("paper/*",),
-    arms=ARMS,
-    claims=[best(f"against {arm}", against=arm) for arm in list(MIXTURES)[1:]],
-  ),
-  Study(
-    "paper decoder",
-    scales=("paper/base",),
-    config=DECODER,
-    arms=ARMS,
-    claims=[best(f"against {arm}", against=arm) for arm in list(MIXTURES)[1:]],
-  ),
+  Study("paper", scales=("paper/*",), arms=ARMS, claims=AGAINST_ALL),
+  Study("paper decoder", scales=("paper/base",), config=DECODER, arms=ARMS, claims=AGAINST_ALL),
   Study(  # get_config's rate: best of four for ul2 and span corruption in 300 steps of one seed
     "tuning",
     arms={
-      f"{arm} lr={rate:g}": ARMS[arm] | {"optimizer.lr": rate} for arm in LAPTOP for rate in RATES
+      f"{arm} lr={rate:g}": LAPTOP[arm] | {"optimizer.lr": rate}
+      for arm in LAPTOP
+      for rate in (1e-2, 2e-2, 4e-2)
     },
     seeds=(100, 101),
     plot=["validation/score"],

@@ -2,13 +2,14 @@
 
 The players move at once, each from the same values: the parameters by any optimizer along the
 gradient of the Lagrangian, the multipliers by `dual_ascent` along the constraints. Multipliers and
-constraints are trees of the same structure.
+constraints are trees of the same structure. `step` is a move of both, or of the parameters alone:
 
     value = loss + lagrangian(multipliers, violations)            # differentiated by the parameters
     rises, state = ascent.update(violations, state, multipliers)
     multipliers = optax.apply_updates(multipliers, rises)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,3 +45,35 @@ def dual_ascent(learning_rate: float, restarts: bool = True) -> optax.GradientTr
     return jax.tree.map(rise, violations, multipliers), state
 
   return optax.GradientTransformation(lambda multipliers: optax.EmptyState(), update)
+
+
+def step(
+  objective: Callable[[Any], tuple[jax.Array, tuple[Any, Any]]],
+  params: Any,
+  multipliers: Any,
+  optimizer: optax.GradientTransformation,
+  opt_state: Any,
+  ascent: optax.GradientTransformation | None = None,
+) -> tuple[tuple[Any, Any, Any], tuple[jax.Array, Any]]:
+  """One move, of both players from one forward pass.
+
+  Args:
+    objective: parameters -> (loss, (violations, anything else)).
+    params, multipliers: where the players are.
+    optimizer, opt_state: of the parameters.
+    ascent: `dual_ascent`; None keeps the multipliers: a penalised objective.
+
+  Returns: (params, multipliers, opt_state) after it, and (Lagrangian, anything else) before it.
+  """
+
+  def whole(params: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+    loss, (violations, extra) = objective(params)
+    return loss + lagrangian(multipliers, violations), (violations, extra)
+
+  (value, (violations, extra)), grads = jax.value_and_grad(whole, has_aux=True)(params)
+  updates, opt_state = optimizer.update(grads, opt_state, params)
+  params = optax.apply_updates(params, updates)
+  if ascent is not None:
+    rises, _ = ascent.update(violations, ascent.init(multipliers), multipliers)
+    multipliers = optax.apply_updates(multipliers, rises)
+  return (params, multipliers, opt_state), (value, extra)

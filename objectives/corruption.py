@@ -1,10 +1,9 @@
-"""Corruptions of token sequences: denoisers and filling in the middle.
+"""Corruptions of token sequences for denoisers: spans, prefixes, mixtures of them.
 
-    sizes = {"inputs": 512, "targets": 512}
-    ul2 = functools.partial(denoise, denoisers=UL2, **sizes, sentinels=sentinels_K, end=2)
-    example = jax.vmap(ul2)(jax.random.split(key, B), tokens_BT)
-    fim = functools.partial(fill_in_the_middle, length=256, markers=markers)
-    rows_BL, pieces_BL = jax.vmap(fim)(jax.random.split(key, B), tokens_BT)
+    fields = {"denoisers": UL2, "inputs": 512, "targets": 512, "sentinels": sentinels_K, "end": 2}
+    examples = denoised(key, tokens_BT, decoder=True, **fields)
+    placed, named = arguments(examples)
+    logits = Transformer(..., mask="prefix").apply(variables, *placed, **named)
 
 Pure functions of a key and one row of tokens, with fixed shapes: they run inside `jit` and `vmap`,
 on the device, with fresh draws at every step. Padding is 0.
@@ -12,7 +11,7 @@ on the device, with fresh draws at every step. Padding is 0.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -241,6 +240,33 @@ def denoise(
   return example | {"denoiser": which.astype(jnp.int32)}
 
 
+def denoised(key: jax.Array, tokens_BT: jax.Array, *, decoder: bool, **fields: Any) -> Example:
+  """`denoise` of each row by a key of its own, for a model of one kind.
+
+  Args:
+    key: is split for the rows.
+    tokens_BT: (B, T) int.
+    decoder: for a decoder alone (`joined`), or for an encoder and a decoder: then with "shifted"
+      (B, targets) int32, what the decoder reads, each target one place later behind a 0.
+    fields: as of `denoise`.
+  """
+
+  def one(key: jax.Array, tokens_T: jax.Array) -> Example:
+    example = denoise(key, tokens_T, **fields)
+    if decoder:
+      return joined(example)
+    return example | {"shifted": jnp.pad(example["targets"][:-1], (1, 0))}
+
+  return jax.vmap(one)(jax.random.split(key, len(tokens_BT)), tokens_BT)
+
+
+def arguments(examples: Example) -> tuple[list[jax.Array], dict[str, jax.Array]]:
+  """What `T5`, or `Transformer(mask="prefix")`, reads of `denoised`, by position and by name."""
+  placed = ["inputs"] if "prefix" in examples else ["inputs", "shifted"]
+  named = ["lengths", "prefix"] if "prefix" in examples else ["lengths"]
+  return [examples[k] for k in placed], {k: examples[k] for k in named}
+
+
 def joined(example: Example) -> Example:
   """An example of `corrupt` for a decoder alone: its input, then its target, in one row.
 
@@ -262,82 +288,3 @@ def joined(example: Example) -> Example:
     "prefix": prefix,
     "lengths": prefix + count,
   }
-
-
-PADDING, MARKER, PREFIX, MIDDLE, SUFFIX, END = range(6)  # pieces of a row
-MARKERS = ("<pre>", "<suf>", "<mid>", "<eot>")
-
-
-def fill_in_the_middle(
-  key: jax.Array,
-  tokens_T: jax.Array,
-  *,
-  length: int,
-  markers: Sequence[int],
-  rate: float | jax.Array = 0.5,
-  spm_rate: float | jax.Array = 0.5,
-  end: int | None = None,
-  count: jax.Array | int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """Moves the middle of each document behind its prefix and suffix (arXiv:2207.14255, section 3).
-
-  A document is cut at two places, each of 0..n alike, and with probability `rate` becomes
-
-      PSM  <pre> prefix <suf> suffix <mid> middle <eot>
-      SPM  <pre> <suf> suffix <mid> prefix middle <eot>     with probability `spm_rate` of these
-
-  Args:
-    key: draws the documents, their forms and cuts: the cuts are the same at every rate.
-    tokens_T: (T,) int. At the context level a packed row, documents in it cut at `end`; at the
-      document level a whole document, to be packed afterwards.
-    length: of the results; T + 4 holds one document with its markers. What is beyond is dropped.
-    markers: ids of MARKERS.
-    rate, spm_rate: probabilities, which may be traced.
-    end: id that ends a document in the row, and stays behind it; None for one document.
-    count: true number of tokens; T by default.
-
-  Returns: the row (length,) int32 and the piece (length,) int32 that each of its tokens is of, also
-    of documents left in order: PADDING, MARKER, PREFIX, MIDDLE, SUFFIX or END.
-  """
-  size = tokens_T.shape[0]
-  index = jnp.arange(size)
-  valid_T = index < (size if count is None else count)
-  end_T = valid_T & (tokens_T == end) if end is not None else jnp.zeros(size, bool)
-  document_T = jnp.cumsum(end_T) - end_T  # an end belongs to what it ends
-  zeros_D = jnp.zeros(size, jnp.int32)
-  whole_D = zeros_D.at[document_T].add(valid_T)
-  n_D = zeros_D.at[document_T].add(valid_T & ~end_T)
-
-  move_key, form_key, cut_key = jax.random.split(key, 3)
-  moved_D = (jax.random.uniform(move_key, (size,)) < rate) & (n_D > 0)
-  spm_D = jax.random.uniform(form_key, (size,)) < spm_rate
-  cuts = jnp.floor(jax.random.uniform(cut_key, (2, size)) * (n_D + 1)).astype(jnp.int32)
-  a_D, b_D = jnp.sort(jnp.minimum(cuts, n_D), axis=0)
-  first_D = jnp.cumsum(whole_D) - whole_D  # of the document in `tokens_T`, and in the result:
-  begin_D = first_D + 4 * (jnp.cumsum(moved_D) - moved_D)
-
-  i_T, a_T, b_T, n_T, spm_T = (
-    x[document_T] if x is not None else index - first_D[document_T]
-    for x in (None, a_D, b_D, n_D, spm_D)
-  )
-  piece_T = jnp.where(i_T < a_T, PREFIX, jnp.where(i_T < b_T, MIDDLE, SUFFIX))
-  piece_T = jnp.where(end_T, END, piece_T)
-  behind_T = jnp.where(spm_T, 3 + n_T - b_T + i_T, 1 + i_T)  # prefix
-  behind_T = jnp.where(piece_T == MIDDLE, 3 + n_T - b_T + i_T, behind_T)
-  behind_T = jnp.where(piece_T == SUFFIX, jnp.where(spm_T, 2, 2 + a_T) + i_T - b_T, behind_T)
-  behind_T = jnp.where(piece_T == END, 4 + n_T, behind_T)
-  at_T = begin_D[document_T] + jnp.where(moved_D[document_T], behind_T, i_T)
-
-  suffix_D = jnp.where(spm_D, 1, 1 + a_D)
-  middle_D = jnp.where(spm_D, 2, 2 + a_D) + n_D - b_D
-  markers_at = begin_D + jnp.stack([zeros_D, suffix_D, middle_D, 3 + n_D])
-  at = jnp.concatenate([
-    jnp.where(valid_T, at_T, length), jnp.where(moved_D, markers_at, length).reshape(-1)
-  ])  # fmt: skip
-  values = jnp.concatenate([tokens_T, jnp.repeat(jnp.asarray(markers, tokens_T.dtype), size)])
-  pieces = jnp.concatenate([piece_T, jnp.full(4 * size, MARKER)])
-  row, piece = (
-    jnp.zeros(length, jnp.int32).at[at].set(x.astype(jnp.int32), mode="drop")
-    for x in (values, pieces)
-  )
-  return row, piece

@@ -101,6 +101,42 @@ def hutchinson_trace(
   return estimates_K.mean(), jax.lax.stop_gradient(error)
 
 
+def trace_gradient(
+  loss_fn: LossFn,
+  params: Params,
+  key: jax.Array,
+  strength: float,
+  due: jax.Array | bool = True,
+  *,
+  probes: int = 1,
+  keep: float = 1.0,
+  mask: Literal["coordinate", "tensor"] = "coordinate",
+  nonnegative: bool = False,
+  stopped: bool = False,
+) -> tuple[Params, jax.Array]:
+  """The gradient of strength * tr(H), estimated: a penalty on the trace (arXiv:2208.05924).
+
+  Args:
+    loss_fn, params, key, probes, keep, mask: of `hutchinson_trace`.
+    strength: lambda.
+    due: zeros are returned, and nothing is computed, where it is false.
+    nonnegative: of max(estimate, 0): biased, but bounded below where the trace is not.
+    stopped: the estimate is a number, so that its gradient is 0.
+
+  Returns: a tree as `params`, and the estimate itself.
+  """
+
+  def penalty(params: Params) -> tuple[jax.Array, jax.Array]:
+    estimate, _ = hutchinson_trace(loss_fn, params, key, probes, keep=keep, mask=mask)
+    bounded = jnp.maximum(estimate, 0) if nonnegative else estimate
+    return strength * (jax.lax.stop_gradient(bounded) if stopped else bounded), estimate
+
+  def nothing(params: Params) -> tuple[Params, jax.Array]:
+    return optax.tree.zeros_like(params), jnp.zeros((), jnp.result_type(*jax.tree.leaves(params)))
+
+  return jax.lax.cond(due, jax.grad(penalty, has_aux=True), nothing, params)
+
+
 def exact_trace(loss_fn: LossFn, params: Params, parallel: int = 64) -> jax.Array:
   """tr(H) by d products with unit vectors: for small networks, as an oracle."""
   flat, unravel = ravel_pytree(params)
@@ -169,6 +205,14 @@ def top_eigenpairs(
   values_T, mix_TT = jnp.linalg.eigh(jnp.diag(alpha_T) + jnp.diag(beta_T, 1) + jnp.diag(beta_T, -1))
   mix_CT = mix_TT[:, ::-1].T[:count]
   return values_T[::-1][:count], jax.tree.map(lambda q: jnp.tensordot(mix_CT, q, 1), basis)
+
+
+def sharpness(
+  loss_fn: LossFn, params: Params, key: jax.Array, iterations: int = 32
+) -> tuple[jax.Array, Params]:
+  """lambda_1 and v_1 of H, a scalar and a tree as `params`: the first of `top_eigenpairs`."""
+  values, vectors = top_eigenpairs(loss_fn, params, key, 1, iterations)
+  return values[0], jax.tree.map(lambda x: x[0], vectors)
 
 
 def unit(v: Params) -> Params:

@@ -54,3 +54,21 @@ def robust_weights(q_G: jax.Array, losses_G: jax.Array, step: float) -> jax.Arra
   """
   risen_G = jnp.log(q_G) + step * losses_G
   return jax.nn.softmax(risen_G)
+
+
+def group_dro(
+  loss_B: jax.Array, q_G: jax.Array, groups_B: jax.Array, step: float, mask_B: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """Group DRO's loss, sum_g q_g loss_g, after the adversary has moved, and its weights then.
+
+  Args:
+    loss_B: of each example.
+    q_G: the adversary's weights, to be kept from one update to the next; 1 / G at first.
+    groups_B: (B,) int in 0 .. G - 1.
+    step: the adversary's.
+    mask_B: 0 leaves a row out.
+  """
+  sums = by_group("loss", loss_B, groups_B, len(q_G), mask_B).values()
+  means_G = jnp.stack([total / jnp.maximum(count, 1) for total, count in sums])
+  q_G = robust_weights(q_G, jax.lax.stop_gradient(means_G), step)
+  return (q_G * means_G).sum(), q_G

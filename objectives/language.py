@@ -35,3 +35,12 @@ def next_token(logits_BLV: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[j
     "accuracy": ((correct_BL * weights_BL).sum(), count),
   }
   return total / jnp.maximum(count, 1), metrics
+
+
+def shifted(tokens_BT: jax.Array, padding: int = 0) -> dict[str, jax.Array]:
+  """Rows of L + 1 tokens as examples of `next_token`: "inputs", "targets", "weights", (B, L) each.
+
+  Every target counts, 1.0, but for `padding`, 0.0.
+  """
+  asked_BL = tokens_BT[:, 1:]
+  return {"inputs": tokens_BT[:, :-1], "targets": asked_BL, "weights": 1.0 * (asked_BL != padding)}

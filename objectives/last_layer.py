@@ -1,17 +1,26 @@
 """Deep feature reweighting: the last layer refitted on group-balanced features.
 
-Kirichenko et al., arXiv:2204.02937, section 4. Features are standardised by the caller, with the
-mean and deviation of the training set; scikit-learn's liblinear solves
+Kirichenko et al., arXiv:2204.02937, section 4. What a network's last layer reads is extracted,
+
+    train, held = (extract(model, "classifier", variables, s) for s in (train_source, held_source))
+    standard = standardised(train)
+    layer = from_validation(standard(held), (1.0, 0.1), 20, np.random.RandomState(0))
+    variables["params"]["classifier"] = parameters(layer, *standard)
+
+standardised with the mean and deviation of the training set, and scikit-learn's liblinear solves
 
     min |w|_1 + |b| + C sum_i log(1 + exp(-y_i (w x_i + b))),   y_i = +-1
 
 which penalises the intercept too. Random choices are those of the `random` given.
 """
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
@@ -35,6 +44,64 @@ class Layer(NamedTuple):
 
   def __call__(self, x_ND: np.ndarray) -> np.ndarray:
     return x_ND @ self.weights + self.intercept
+
+
+class Standard(NamedTuple):
+  """Mean and deviation (D,) of features; called, standardises others by them."""
+
+  mean: np.ndarray
+  deviation: np.ndarray
+
+  def __call__(self, data: Features) -> Features:
+    return data._replace(x=(data.x - self.mean) / self.deviation)
+
+
+def standardised(train: Features) -> Standard:
+  """The statistics of the training set; what does not vary there is only centred."""
+  deviation = train.x.std(0)
+  return Standard(train.x.mean(0), np.where(deviation == 0, 1, deviation))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def read_by(model: nn.Module, layer: str, variables: Any, inputs: jax.Array) -> jax.Array:
+  """What the submodule called `layer` reads first, (B, ...), in evaluation mode."""
+  found = []
+
+  def keep(call, arguments, options, context):
+    if context.method_name == "__call__" and context.module.name == layer:
+      found.append(arguments[0])
+    return call(*arguments, **options)
+
+  with nn.intercept_methods(keep):
+    model.apply(variables, inputs, train=False)
+  return found[0]
+
+
+def extract(
+  model: nn.Module, layer: str, variables: Any, source: Any, batch: int = 250
+) -> Features:
+  """Features, float64, of all examples {"inputs", "labels", "groups"} of a source.
+
+  A source has a length and `gather(indices)`, as in `experiments.datasets.sources`.
+  """
+  parts = []
+  for first in range(0, len(source), batch):
+    rows = source.gather(np.arange(first, min(first + batch, len(source))))
+    x = np.asarray(read_by(model, layer, variables, rows["inputs"]), np.float64)
+    parts.append((x, rows["labels"], rows["groups"]))
+  return Features(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def flat(fields: Mapping[str, np.ndarray]) -> Features:
+  """Arrays {"inputs", "labels", "groups"} with their inputs, such as pixels, as features."""
+  x = fields["inputs"].reshape(len(fields["labels"]), -1)
+  return Features(x, fields["labels"], fields["groups"])
+
+
+def linear(data: Features) -> Layer:
+  """The usual logistic regression (L2, C = 1), for a probe or a control."""
+  solver = LogisticRegression(max_iter=1_000).fit(data.x, data.labels)
+  return Layer(solver.coef_[0], solver.intercept_[0])
 
 
 def balanced(groups_N: np.ndarray, random: np.random.RandomState) -> np.ndarray:
@@ -61,6 +128,11 @@ def refit(
     solver.fit(x, labels)
     layers.append((solver.coef_[0], solver.intercept_[0]))
   return Layer(np.mean([w for w, _ in layers], 0), float(np.mean([b for _, b in layers])))
+
+
+def accuracy(layer: Layer, data: Features) -> float:
+  """Over all examples."""
+  return float(((layer(data.x) > 0) == data.labels).mean())
 
 
 def worst_group(layer: Layer, data: Features) -> float:

@@ -5,13 +5,14 @@ Colombo et al., arXiv:2108.12463. Conventions are those of the released code as 
 Issues for BERT-based Evaluation Metrics" (arXiv:2204.00004) found them.
 
 A text is vectors and weights of its units (pieces or words, the special tokens included). What
-becomes a unit and what it weighs is common to the three and decided before them: `group_pieces`,
-`inverse_document_frequency`. Greedy matching is JAX and batched; optimal transport is exact, by
-POT's network simplex, a text at a time on the host in float64: a rounded plan would be another
-metric.
+becomes a unit and what it weighs is common to the three and decided before them: `Preprocessing`,
+under which `corpus_scores` has all three of a corpus; `agreement` is theirs with people's scores.
+Greedy matching is JAX and batched; optimal transport is exact, by POT's network simplex, a text at
+a time on the host in float64: a rounded plan would be another metric.
 """
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,32 @@ import numpy as np
 import ot
 
 SUBWORDS = ("first", "all", "mean")
+SPECIAL = ("[CLS]", "[SEP]")
+AGGREGATIONS = ("greedy", "transport", "barycenter")  # BERTScore's, MoverScore's, BaryScore's
+
+
+class Text(NamedTuple):
+  """One text: ids (n,), pieces, and hidden states (layers + 1, n, H), the embeddings first."""
+
+  ids: np.ndarray
+  pieces: list[str]
+  hidden: np.ndarray
+
+
+class Preprocessing(NamedTuple):
+  """What is done before an aggregation.
+
+  Attributes:
+    stopwords: words, in lower case, that are dropped.
+    idf: units weigh their inverse document frequency, else alike.
+    subword: one of SUBWORDS, what of a word is a unit.
+    punctuation: is it kept?
+  """
+
+  stopwords: Collection[str] = ()
+  idf: bool = False
+  subword: str = "all"
+  punctuation: bool = True
 
 
 def inverse_document_frequency(
@@ -38,7 +65,7 @@ def group_pieces(
   subword: str = "all",
   stopwords: Collection[str] = (),
   punctuation: bool = True,
-  special: Collection[str] = ("[CLS]", "[SEP]"),
+  special: Collection[str] = SPECIAL,
 ) -> list[list[int]]:
   """Positions of the pieces that make each unit of a text, in order.
 
@@ -203,6 +230,108 @@ def kendall(better_P: jax.Array, worse_P: jax.Array) -> tuple[jax.Array, jax.Arr
   """
   concordant = jnp.where(better_P > worse_P, 1.0, -1.0)
   return concordant.sum(), jnp.float32(concordant.size)
+
+
+def agreement(
+  statistic: str, score_N: np.ndarray, target_N: np.ndarray, source_N: np.ndarray
+) -> float:
+  """Of scores with people's judgements, higher the better in both.
+
+  Args:
+    statistic: "kendall", over the pairs of hypotheses of one reference that people rate apart
+      (WMT18), or "pearson", over all hypotheses.
+    score_N, target_N: the metric's and people's.
+    source_N: which reference each hypothesis belongs to.
+  """
+  if statistic == "pearson":
+    return float(np.corrcoef(score_N, target_N)[0, 1])
+  pairs = (source_N[:, None] == source_N) & (target_N[:, None] > target_N)
+  better, worse = np.nonzero(pairs)
+  total, count = kendall(jnp.asarray(score_N[better]), jnp.asarray(score_N[worse]))
+  return float(total / count)
+
+
+def corpus_scores(
+  references: Sequence[Text],
+  hypotheses: Sequence[Text],
+  source_N: Sequence[int] | np.ndarray,
+  before: Preprocessing,
+  *,
+  layer: int,
+  layers: int,
+  vocab: int,
+  length: int,
+) -> dict[str, np.ndarray]:
+  """{one of AGGREGATIONS: (N,) a score of each hypothesis, higher is better}.
+
+  Conventions of the released code: BERTScore takes one layer, the references' IDF table on both
+  sides, and special tokens without weight; the other two take several layers, a table of each
+  side's own, and special tokens that weigh 1 without IDF. BaryScore's distance changes its sign.
+
+  Args:
+    references: M of them.
+    hypotheses: N of them.
+    source_N: (N,) the reference of each.
+    before: the preprocessing, common to the three.
+    layer: of greedy matching, counted from 1.
+    layers: the last so many, of the other two.
+    vocab: number of ids.
+    length: the most units of a text.
+  """
+  tables = [
+    inverse_document_frequency([t.ids for t in side], vocab) if before.idf else None
+    for side in (references, hypotheses)
+  ]
+  r, h = (
+    [_units(text, before, own, tables[0]) for text in side]
+    for side, own in zip((references, hypotheses), tables, strict=True)
+  )
+  (r_NMD, r_weights_NM, r_mask_NM), (h_NLD, h_weights_NL, h_mask_NL) = (
+    _padded([u.vectors[layer] for u in side], [u.greedy for u in side], length) for side in (r, h)
+  )
+  at = np.asarray(source_N)
+  _, _, greedy = jax.jit(bert_score)(
+    h_NLD, r_NMD[at], h_weights_NL, r_weights_NM[at], h_mask_NL, r_mask_NM[at]
+  )
+  last, pairs = slice(-layers, None), [(u, r[i]) for u, i in zip(h, at, strict=True)]
+  mover = [mover_score(u.vectors[last], v.vectors[last], u.weights, v.weights) for u, v in pairs]
+  centers = [[barycenter(unit(u.vectors[last]), u.weights) for u in side] for side in (r, h)]
+  bary = [-bary_distance(c, centers[0][i]) for c, i in zip(centers[1], at, strict=True)]
+  found = (np.asarray(greedy), np.array(mover), np.array(bary))
+  return dict(zip(AGGREGATIONS, found, strict=True))
+
+
+class _Units(NamedTuple):
+  vectors: np.ndarray  # (layers + 1, n, H)
+  weights: np.ndarray  # (n,) by the table of the text's own side
+  greedy: np.ndarray  # (n,) by the references', special tokens 0
+
+
+def _units(
+  text: Text, before: Preprocessing, own: np.ndarray | None, references: np.ndarray | None
+) -> _Units:
+  """A unit's vectors are the mean of its pieces', its weight the mean of their IDFs, or 1."""
+  stopwords, _, subword, punctuation = before
+  groups = group_pieces(text.pieces, subword, stopwords, punctuation)
+
+  def weigh(idf: np.ndarray | None) -> np.ndarray:
+    each = np.ones(len(text.ids)) if idf is None else idf[text.ids]
+    return np.array([each[group].mean() for group in groups])
+
+  vectors = np.stack([text.hidden[:, group].mean(1) for group in groups], 1)
+  special = [text.pieces[group[0]] in SPECIAL for group in groups]
+  return _Units(vectors, weigh(own), np.where(special, 0, weigh(references)))
+
+
+def _padded(
+  vectors: Sequence[np.ndarray], weights: Sequence[np.ndarray], length: int
+) -> tuple[np.ndarray, ...]:
+  """Vectors (N, L, H), weights (N, L) and mask (N, L) of texts of different lengths."""
+  vectors_NLH = np.zeros((len(vectors), length, vectors[0].shape[-1]), np.float32)
+  weights_NL, mask_NL = np.zeros((2, len(vectors), length), np.float32)
+  for i, (v, w) in enumerate(zip(vectors, weights, strict=True)):
+    vectors_NLH[i, : len(v)], weights_NL[i, : len(v)], mask_NL[i, : len(v)] = v, w, 1
+  return vectors_NLH, weights_NL, mask_NL
 
 
 def unit(x: np.ndarray) -> np.ndarray:

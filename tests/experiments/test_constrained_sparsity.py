@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from experiments import constrained_sparsity
+from experiments.datasets import labelled
 from launch import mesh as meshes
 from launch import runner
 from launch.program import Program
-from models import gates
+from models import convnets, gates
 
 STUDY = constrained_sparsity.STUDIES[0]
 
@@ -38,7 +39,7 @@ def one_seed(config, **multipliers):
 
 
 def batch(size=16):
-  fields = constrained_sparsity.load("digits", "train").gather(range(size))
+  fields = labelled.load("digits", "train").gather(range(size))
   return fields | {"mask": np.ones(size, np.float32)}
 
 
@@ -123,26 +124,10 @@ def test_gates_are_clamped_and_not_decayed():
     limits = np.log([0.01, 100.0])
     assert (layer["log_alpha"] >= limits[0] - 1e-6).all()
     assert (layer["log_alpha"] <= limits[1] + 1e-6).all()
-  slopes = jax.grad(constrained_sparsity.decayed)(state.params, 0.3, False)
+  slopes = jax.grad(gates.weight_decay)(state.params)
   for _, layer in gates.gated_layers(slopes):
     assert float(jnp.abs(layer["log_alpha"]).max()) == 0
     assert float(jnp.abs(layer["kernel"]).max()) > 0
-
-
-def test_decay_counts_all_but_the_gates_once():
-  model = gates.WideResNet(10, depth=10, widen=1, drop_rate=0.3)
-  keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
-  init = jax.jit(lambda: meshes.unboxed(model.init(keys, jnp.zeros((1, 16, 16, 3)))))
-  params = init()["params"]
-  gated = dict(gates.gated_layers(params))
-  rest = {k: v for k, v in params.items() if k not in gated}
-  wanted = sum(
-    float((x.astype(np.float64) ** 2).sum()) for x in map(np.asarray, jax.tree.leaves(rest))
-  )
-  wanted += float(gates.expected_square_norm(params)) / 0.7
-  found = constrained_sparsity.decayed(params, 0.3, True)
-  np.testing.assert_allclose(found, 0.5 * wanted, rtol=1e-5)
-  assert set(gated) == {f"conv_{i}_0" for i in range(3)}
 
 
 class Fits:
@@ -226,8 +211,9 @@ def test_rates_fall_for_weights_and_not_for_gates():
 
 
 def test_the_update_compiles_sharded(monkeypatch):
-  small = functools.partial(gates.WideResNet, depth=10, widen=1, drop_rate=0.3)
-  monkeypatch.setattr(constrained_sparsity, "network", lambda config, classes: small(classes))
+  conv = functools.partial(gates.GatedConv, drop_rate=0.3)
+  small = convnets.WideResNet(10, depth=10, widen=1, conv=conv)
+  monkeypatch.setattr(constrained_sparsity, "network", lambda config, classes: small)
   config = constrained_sparsity.get_config("paper/cifar10-wrn")
   (task,) = constrained_sparsity.stages(config).values()
   program = Program(task, meshes.make({"data": 2, "fsdp": 2, "tensor": 2}), (0,))

@@ -24,42 +24,15 @@ def variables(seed=0):
   return model, last, dfr.nn.meta.unbox(start)
 
 
-def test_features_are_what_the_last_layer_reads():
+def test_refits_of_a_network_without_training():
   model, last, start = variables()
-  x = jax.random.uniform(jax.random.key(1), (5, 12, 12, 1))
-  found = dfr.features(model, last, start, x)
-  assert found.shape == (5, 64) and float(found.min()) == 0  # behind the ReLU
-  layer = start["params"][last]
-  logits = model.apply(start, x)
-  np.testing.assert_allclose(found @ layer["kernel"] + layer["bias"], logits, atol=1e-5)
-
-
-def test_features_of_resnet_are_pooled_and_in_evaluation_mode():
-  paper = dfr.get_config("paper/celeba")
-  model, last = dfr.network(paper)
-  small = model.clone(blocks=(1, 1, 1, 1))
-  x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-  start = dfr.nn.meta.unbox(small.init(jax.random.key(1), x))
-  found = dfr.features(small, last, start, x)
-  assert found.shape == (2, 2048)
-  alone = dfr.features(small, last, start, x[:1])  # batch statistics would tell them apart
-  np.testing.assert_allclose(found[:1], alone, atol=1e-4)
-
-
-def test_standardised_by_the_training_set():
-  model, last, start = variables()
-  extract = dfr.Extractor(config(), model, last, start, seed=100)
-  alive = extract.train.x.std(0) > 0
-  np.testing.assert_allclose(extract.train.x.mean(0), 0, atol=1e-9)
-  np.testing.assert_allclose(extract.train.x.std(0)[alive], 1)
-  assert np.bincount(extract.train.groups).min() == 25 - 1 or len(extract.train.x) == 1000
-  held = extract(dfr.images(config(), "validation", 100, per_group=8))
-  assert np.abs(held.x.mean(0)[alive]).max() > 1e-3
-  assert np.bincount(held.groups).tolist() == [8] * 4
-  layers, known = dfr.reweigh(config(), extract, 100)
+  layers, known = dfr.reweigh(config(), model, last, start, 100)
   assert set(layers) == {"dfr-val 8", "dfr-val 16", "dfr-val 32", "dfr-train"}
   assert layers["dfr-train"]["kernel"].shape == start["params"][last]["kernel"].shape
   assert all(0 <= v <= 1 for v in known.values())
+  assert {"pixels/worst", "foreground/probe", "additivity/r2"} < set(known)
+  held = dfr.images(config(), "validation", 100, per_group=8).fields
+  assert np.bincount(held["groups"]).tolist() == [8] * 4
 
 
 def test_each_seed_sees_its_own_images():

@@ -6,7 +6,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from experiments import edge_of_stability
@@ -28,66 +27,6 @@ def composed(study="network", arm="normalised", **overrides):
   config = runner.compose(edge_of_stability, scale, chosen, arm).unlock()
   config.update_from_flattened_dict(keys)
   return config
-
-
-def walk(algorithm, eta, loss_fn, params, steps):
-  transform = edge_of_stability.descent(algorithm, eta)
-
-  @jax.jit
-  def run(params):
-    def step(params, _):
-      value, grads = jax.value_and_grad(loss_fn)(params)
-      updates, _ = transform.update(grads, transform.init(params), params, value=value)
-      return optax.apply_updates(params, updates), (params, grads)
-
-    return jax.lax.scan(step, params, length=steps)[1]
-
-  return run(params)
-
-
-def test_on_a_quadratic_inverse_stableness_adds_up_to_one(x64):
-  """Figure 2: A = diag(1, 0.4), eta = 1: x flips along v_1 and 1/S(t) + 1/S(t+1) = 1."""
-  a = jnp.array([1.0, 0.4])
-  x_TD, g_TD = walk("normalised", 1.0, lambda x: 0.5 * (a * x**2).sum(), jnp.array([0.3, 0.9]), 400)
-  inverse_T = jnp.linalg.norm(g_TD, axis=1) / 1.0  # over eta lambda_1 = 1
-  np.testing.assert_allclose(inverse_T[-50:-1] + inverse_T[-49:], 1, atol=1e-9)
-  np.testing.assert_allclose(x_TD[-50:, 1], 0, atol=1e-9)
-  assert (x_TD[-50:-1, 0] * x_TD[-49:, 0] < 0).all()
-
-
-def test_the_norm_is_global_and_not_a_layers(x64):
-  """Two parameters with gradients 3 and 4 move by 0.6 and 0.8 eta, not by eta each."""
-  transform = edge_of_stability.descent("normalised", 0.1)
-  params = {"a": jnp.ones(1), "b": {"c": jnp.ones(1)}}
-  grads = {"a": jnp.array([3.0]), "b": {"c": jnp.array([4.0])}}
-  updates, _ = transform.update(grads, transform.init(params), params, value=1.0)
-  np.testing.assert_allclose(updates["a"], -0.06, rtol=1e-12)
-  np.testing.assert_allclose(updates["b"]["c"], -0.08, rtol=1e-12)
-
-
-def test_algorithm_s_descends_on_the_root_of_the_loss(x64):
-  loss_fn = lambda x: ((x - 1) ** 2).sum() + 0.5  # noqa: E731
-  x = jnp.array([0.3, 2.0])
-  transform = edge_of_stability.descent("root", 0.1)
-  value, grads = jax.value_and_grad(loss_fn)(x)
-  updates, _ = transform.update(grads, transform.init(x), x, value=value)
-  np.testing.assert_allclose(
-    updates, -0.1 * jax.grad(lambda x: jnp.sqrt(loss_fn(x)))(x), rtol=1e-12
-  )
-
-
-def toy(p):
-  return (1 + p["x"] ** 2) * p["y"] ** 2
-
-
-@pytest.mark.parametrize(("algorithm", "power"), [("normalised", 0), ("root", 0.5)])
-def test_the_period_two_orbit_across_the_valley(x64, algorithm, power):
-  """|y_t| + |y_{t+1}| is eta under N and eta sqrt(lambda_1 / 2) under S: the flows' constants."""
-  eta = 1e-3
-  start = {"x": jnp.asarray(3.0), "y": jnp.asarray(0.3 * eta)}
-  points, _ = walk(algorithm, eta, toy, start, 200)
-  y_T, lambda_T = np.abs(points["y"]), 2 * (1 + points["x"] ** 2)
-  np.testing.assert_allclose(y_T[1:] + y_T[:-1], eta * (lambda_T[1:] / 2) ** power, rtol=5e-3)
 
 
 class Seeds:

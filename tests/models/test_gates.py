@@ -1,4 +1,4 @@
-"""Gates against their distribution, densities by hand, networks against published sizes."""
+"""Gates against their distribution, densities by hand, gated networks by their counts."""
 
 import functools
 
@@ -8,10 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import gates
+from models import convnets, gates
 
 KEY = jax.random.key(0)
 IMAGE = (1, 32, 32, 3)
+
+
+def gated(drop_rate, *layers):
+  """What makes a network's layers gated ones: `dense` and `conv`, or those named."""
+  makes = {"dense": gates.GatedDense, "conv": gates.GatedConv}
+  return {k: functools.partial(makes[k], drop_rate=drop_rate) for k in layers or makes}
 
 
 def made(model, shape, key=KEY):
@@ -53,7 +59,7 @@ def test_a_closed_gate_is_no_number_and_the_probability_stays_inside():
 
 
 def test_density_of_a_linear_layer_counts_its_bias_as_never_gated():
-  params = made(gates.MLP((4,), 2, 0.5), (1, 3))["params"]
+  params = made(convnets.MLP((4,), 2, **gated(0.5, "dense")), (1, 3))["params"]
   pi = [gates.active_probability(params[f"layer_{i}"]["log_alpha"]) for i in range(2)]
   wanted = [pi[0].sum() * 4 / (3 * 4 + 4), pi[1].sum() * 2 / (4 * 2 + 2)]
   found = gates.layer_densities(params)
@@ -63,7 +69,7 @@ def test_density_of_a_linear_layer_counts_its_bias_as_never_gated():
 
 
 def test_a_channel_is_gated_with_its_bias():
-  conv = gates.GatedConv(6, 3, 0.3, bias=True)
+  conv = gates.GatedConv(6, 3, bias=True, drop_rate=0.3)
   params = made(conv, (1, 5, 5, 2))["params"]
   assert gates.group_size(params) == 3 * 3 * 2 + 1
   params = params | {"bias": jnp.ones(6), "log_alpha": jnp.array([-9.0, 9, -9, 9, 9, -9])}
@@ -73,7 +79,7 @@ def test_a_channel_is_gated_with_its_bias():
 
 
 def test_one_draw_a_forward_pass_shared_by_the_batch():
-  dense = gates.GatedDense(5, 0.5)
+  dense = gates.GatedDense(5, drop_rate=0.5)
   params = made(dense, (1, 8))["params"]
   x = jnp.ones((7, 8))
   run = lambda key: dense.apply({"params": params}, x, train=True, rngs={"dropout": key})  # noqa: E731
@@ -87,16 +93,16 @@ def test_one_draw_a_forward_pass_shared_by_the_batch():
 
 def test_initial_weights_make_up_for_closed_gates():
   """Kaiming over 1 - rate: fan-out for linear layers, fan-in for convolutions."""
-  dense = made(gates.GatedDense(400, 0.2), (1, 300))["params"]
+  dense = made(gates.GatedDense(400, drop_rate=0.2), (1, 300))["params"]
   np.testing.assert_allclose(dense["kernel"].std(), (2 / 400) ** 0.5 / 0.8, rtol=0.02)
   np.testing.assert_allclose(dense["bias"].std(), 0.01, rtol=0.15)
   np.testing.assert_allclose(dense["log_alpha"].mean(), np.log(0.8 / 0.2), atol=0.003)
-  conv = made(gates.GatedConv(128, 3, 0.3), (1, 4, 4, 64))["params"]
+  conv = made(gates.GatedConv(128, 3, drop_rate=0.3), (1, 4, 4, 64))["params"]
   np.testing.assert_allclose(conv["kernel"].std(), (2 / (9 * 64)) ** 0.5 / 0.7, rtol=0.02)
 
 
 def test_decay_shrinks_weights_and_closes_no_gate():
-  params = made(gates.LeNet(10, 0.5), (1, 28, 28, 1))["params"]
+  params = made(convnets.LeNet(10, **gated(0.5)), (1, 28, 28, 1))["params"]
   slopes = jax.jit(jax.grad(gates.expected_square_norm))(params)
   for (_, layer), (_, slope) in zip(
     gates.gated_layers(params), gates.gated_layers(slopes), strict=True
@@ -112,7 +118,7 @@ def test_decay_shrinks_weights_and_closes_no_gate():
 
 
 def test_a_purged_network_gives_the_same_outputs():
-  model = gates.MLP((32, 16), 10, 0.5)
+  model = convnets.MLP((32, 16), 10, **gated(0.5, "dense"))
   params = made(model, (1, 20))["params"]
   random = np.random.RandomState(0)
   for layer in params.values():
@@ -125,6 +131,9 @@ def test_a_purged_network_gives_the_same_outputs():
   np.testing.assert_allclose(h, model.apply({"params": params}, x), rtol=1e-4, atol=1e-5)
   left = sum(k.size + b.size for k, b in layers)
   total = sum(gates.layer_sizes(params).values())
+  assert gates.purged_share(params) == left / total
+  both = jax.tree.map(lambda x: jnp.stack([x, 0 * x + 9]), params)
+  np.testing.assert_array_equal(gates.purged_share(both), [left / total, 1])
   assert left / total < float(gates.remaining_density(params)) + 0.05 < 0.6
   # A gate whose median is 0 is still open two times in five, and counts in the constraint.
   for layer in params.values():
@@ -133,51 +142,44 @@ def test_a_purged_network_gives_the_same_outputs():
   assert float(gates.remaining_density(params)) == 0
 
 
-def test_closed_channels_stay_zero_and_keep_their_statistics():
-  norm = gates.BatchNorm()
-  x = jax.random.normal(KEY, (8, 4, 4, 3)) * 2 + 5
-  z = jnp.array([1.0, 0.0, 0.5])
-  variables = made(norm, x.shape)
-  variables["params"]["bias"] = jnp.ones(3)
-  y, updated = norm.apply(variables, x * z, z, train=True, mutable=["batch_stats"])
-  stats = updated["batch_stats"]
-  assert (y[..., 1] == 0).all()
-  assert (float(stats["mean"][1]), float(stats["var"][1])) == (0, 1)
-  open_ = np.asarray(x * z, np.float64)[..., [0, 2]]
-  np.testing.assert_allclose(
-    stats["mean"][jnp.array([0, 2])], 0.1 * open_.mean((0, 1, 2)), rtol=1e-5
-  )
-  wanted = (open_ - open_.mean((0, 1, 2))) / np.sqrt(open_.var((0, 1, 2)) + 1e-5) + 1
-  np.testing.assert_allclose(np.asarray(y)[..., [0, 2]], wanted, atol=1e-4)
-  plain = nn.BatchNorm(use_running_average=False, momentum=0.9)
-  reference = plain.init_with_output(KEY, x)[0]
-  ours = norm.apply(made(norm, x.shape), x, train=True, mutable=["batch_stats"])[0]
-  np.testing.assert_allclose(ours, reference, atol=1e-5)
+def test_gates_are_clamped():
+  params = {"a": {"log_alpha": jnp.array([-9.0, 0.5, 9.0]), "kernel": jnp.full(2, 9.0)}}
+  found = gates.clamp(params)["a"]
+  np.testing.assert_allclose(found["log_alpha"], [np.log(0.01), 0.5, np.log(100)], rtol=1e-6)
+  np.testing.assert_array_equal(found["kernel"], 9)
+
+
+def test_decay_counts_all_but_the_gates_once():
+  model = convnets.WideResNet(10, depth=10, widen=1, **gated(0.3, "conv"))
+  params = jax.jit(functools.partial(made, model, (1, 16, 16, 3)))()["params"]
+  layers = dict(gates.gated_layers(params))
+  rest = {k: v for k, v in params.items() if k not in layers}
+  leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(rest)]
+  wanted = sum((x**2).sum() for x in leaves) + float(gates.expected_square_norm(params)) / 0.7
+  np.testing.assert_allclose(gates.weight_decay(params, 1 / 0.7), 0.5 * wanted, rtol=1e-5)
+  assert set(layers) == {f"conv_{i}_0" for i in range(3)}
 
 
 @pytest.mark.parametrize(
-  ("model", "shape", "whole", "gated"),
+  ("name", "shape", "whole", "layers"),
   [
-    (gates.MLP((300, 100), 10, 0.5, 0.2), (1, 28, 28, 1), 266_610, 3),
-    (gates.LeNet(10, 0.5), (1, 28, 28, 1), 431_080, 4),
-    (gates.WideResNet(10, drop_rate=0.3), IMAGE, 36_479_194, 12),
-    (gates.WideResNet(10), IMAGE, 36_479_194, 0),
-    (gates.ResNet(10, small=True), IMAGE, 11_173_962, 0),
-    (gates.ResNet(1000, drop_rate=0.3), (1, 224, 224, 3), 11_689_512, 16),
-    (gates.ResNet(1000, (3, 4, 6, 3), True, drop_rate=0.05), (1, 224, 224, 3), 25_557_032, 48),
+    ("mlp", (1, 28, 28, 1), 266_610, 3),
+    ("lenet", (1, 28, 28, 1), 431_080, 4),
+    ("wrn", IMAGE, 36_479_194, 12),
+    ("resnet18", (1, 224, 224, 3), 11_181_642, 16),
+    ("resnet50", (1, 224, 224, 3), 23_528_522, 48),
   ],
-  ids=["mlp", "lenet", "wrn", "plain wrn", "resnet18 small", "resnet18", "resnet50"],
 )
-def test_published_sizes(model, shape, whole, gated):
+def test_gated_networks_are_the_ordinary_ones_with_gates(name, shape, whole, layers):
   """Parameters without gates, and how many layers have gates."""
-  found, layers = sizes(model, shape)
-  assert (found, len(layers)) == (whole, gated)
-  assert all("conv" in n or "layer" in n for n in layers)
+  found, sized = sizes(convnets.named(name, 10, widths=(300, 100), **gated(0.3)), shape)
+  assert (found, len(sized)) == (whole, layers)
+  assert all("conv" in n or "layer" in n for n in sized)
 
 
 def test_a_gated_residual_network_trains():
   """Finite gradients reach weights and gates; statistics of open channels move."""
-  model = gates.WideResNet(10, depth=10, widen=1, drop_rate=0.3)
+  model = convnets.WideResNet(10, depth=10, widen=1, **gated(0.3, "conv"))
   x = jax.random.normal(KEY, (2, 16, 16, 3))
   variables = made(model, x.shape)
 
@@ -192,8 +194,3 @@ def test_a_gated_residual_network_trains():
 
   found = jax.tree.leaves(slopes(variables["params"]))
   assert all(bool(jnp.isfinite(s).all()) and float(jnp.abs(s).max()) > 0 for s in found)
-
-
-def test_mistakes():
-  with pytest.raises(ValueError, match="depth=11; accepted: 6 n \\+ 4"):
-    made(gates.WideResNet(10, depth=11), IMAGE)

@@ -52,6 +52,25 @@ def test_the_lagrangian_pushes_parameters_and_not_multipliers():
   np.testing.assert_array_equal(by_violation["a"], [1, 2])
 
 
+@pytest.mark.parametrize("restarts", [False, True, None])
+def test_a_step_moves_both_players_from_the_same_place(restarts):
+  """Written out; None leaves the multipliers as they are."""
+  ascent = None if restarts is None else constraints.dual_ascent(0.5, restarts)
+  optimizer, x = optax.sgd(0.1, momentum=0.9), jnp.array([1.0, 2.0])
+  multipliers = {"a": jnp.asarray(0.3), "b": jnp.asarray(0.2)}
+
+  def objective(x):
+    return (x**2).sum(), ({"a": x[0] - 3.0, "b": x[1] - 1.5}, x)
+
+  players = x, multipliers, optimizer, optimizer.init(x), ascent
+  (moved, risen, state), (value, seen) = jax.jit(lambda: constraints.step(objective, *players))()
+  np.testing.assert_allclose(value, 5 + 0.3 * -2 + 0.2 * 0.5, rtol=1e-6)
+  np.testing.assert_allclose(moved, x - 0.1 * (2 * x + jnp.array([0.3, 0.2])), rtol=1e-6)
+  np.testing.assert_allclose(state[0].trace, 2 * x + jnp.array([0.3, 0.2]), rtol=1e-6)
+  np.testing.assert_array_equal(seen, x)
+  np.testing.assert_allclose([risen["a"], risen["b"]], [0, 0.45] if ascent else [0.3, 0.2])
+
+
 def test_mistakes():
   with pytest.raises(ValueError, match="multipliers=None"):
     constraints.dual_ascent(0.1).update({}, optax.EmptyState())

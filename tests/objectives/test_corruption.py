@@ -205,84 +205,21 @@ def test_mistakes(fields, match):
     )
 
 
-# Filling in the middle
-
-PRE, SUF, MID, EOT = MARKERS = range(10, 14)
-
-
-def fim(tokens, draws, *, length, **fields):
-  tokens = np.asarray(tokens, np.int32)
-  one = functools.partial(
-    corruption.fill_in_the_middle, tokens_T=tokens, length=length, markers=MARKERS
-  )
-  rows = jax.jit(jax.vmap(functools.partial(one, **fields)))(keys(draws))
-  return jax.tree.map(np.asarray, rows)
-
-
-def arranged(document, piece, spm):
-  """What a document becomes, from the pieces that its tokens are of."""
-  prefix, middle, suffix = (
-    [t for t, p in zip(document, piece, strict=True) if p == which]
-    for which in (corruption.PREFIX, corruption.MIDDLE, corruption.SUFFIX)
-  )
-  if spm:
-    return [PRE, SUF, *suffix, MID, *prefix, *middle, EOT]
-  return [PRE, *prefix, SUF, *suffix, MID, *middle, EOT]
-
-
-@pytest.mark.parametrize("spm", [0.0, 1.0])
-@pytest.mark.parametrize(
-  "tokens", [range(100, 140), [*range(100, 109), END, *range(200, 205), END, END, *range(300, 320)]]
-)
-def test_psm_and_spm_of_every_document(tokens, spm):
-  """By a plain arrangement of each document; the cuts are those of rate 0 with the same key."""
-  tokens, length = np.asarray(tokens, np.int32), len(tokens) + 12
-  fields = {"length": length, "end": END, "spm_rate": spm}
-  plain, pieces = fim(tokens, 60, rate=0.0, **fields)
-  rows, moved_pieces = fim(tokens, 60, rate=1.0, **fields)
-  np.testing.assert_array_equal(plain[:, : len(tokens)], np.tile(tokens, (60, 1)))
-  for row, piece, moved_piece in zip(rows, pieces, moved_pieces, strict=True):
-    expected, document, of = [], [], []
-    for token, p in [*zip(tokens, piece[: len(tokens)], strict=True), (None, None)]:
-      if token not in (END, None):
-        document.append(token)
-        of.append(p)
-        continue
-      expected += arranged(document, of, spm) if document else []
-      expected += [] if token is None else [END]
-      document, of = [], []
-    np.testing.assert_array_equal(row, padded(expected, length))
-    counted = np.bincount(moved_piece, minlength=6)
-    np.testing.assert_array_equal(counted[2:], np.bincount(piece, minlength=6)[2:])
-    assert counted[corruption.MARKER] == 4 * sum(t == EOT for t in expected)
-
-
-def test_cuts_are_uniform_and_pieces_may_be_empty():
-  _, pieces = fim(range(100, 106), 40_000, length=10, rate=0.0)
-  sizes = np.stack([(pieces == p).sum(1) for p in (2, 3, 4)], axis=1)
-  seen = collections.Counter(map(tuple, sizes.tolist()))
-  assert len(seen) == 7 * 8 // 2
-  # Two independent cuts of 0..6: equal ones once in 49, others twice.
-  for (_, middle, _), n in seen.items():
-    assert n / 40_000 == pytest.approx((1 if middle == 0 else 2) / 49, abs=0.005)
-
-
-def test_rates_of_documents_and_forms():
-  tokens = np.tile([*range(100, 105), END], 10)
-  rows, _ = fim(tokens, 2_000, length=120, rate=0.9, spm_rate=0.3, end=END)
-  assert (rows == PRE).sum() / 20_000 == pytest.approx(0.9, abs=0.01)
-  spm = (rows[:, :-1] == PRE) & (rows[:, 1:] == SUF)
-  # PSM with an empty prefix looks alike: a cut at 0 among 0..5, twice.
-  alike = 1 - (5 / 6) ** 2
-  assert spm.sum() / (rows == PRE).sum() == pytest.approx(0.3 + 0.7 * alike, abs=0.01)
-
-
-def test_what_does_not_fit_is_dropped_and_padding_stays_padding():
-  whole, pieces = fim(range(100, 120), 50, length=24, rate=1.0)
-  short, short_pieces = fim(range(100, 120), 50, length=20, rate=1.0)
-  np.testing.assert_array_equal(short, whole[:, :20])
-  np.testing.assert_array_equal(short_pieces, pieces[:, :20])
-  padded_tokens = [*range(100, 120), *[7] * 12]
-  some, some_pieces = fim(padded_tokens, 50, length=40, rate=1.0, count=20)
-  assert ((some_pieces > 0).sum(1) == 24).all() and not some[:, 24:].any()
-  assert (np.sort(some[:, :24]) == np.sort([*MARKERS, *range(100, 120)])).all()
+@pytest.mark.parametrize("decoder", [False, True])
+def test_a_batch_is_each_row_with_its_own_key_and_what_a_model_reads_of_it(decoder):
+  tokens = np.stack([TOKENS, TOKENS[::-1], TOKENS + 1])
+  fields = {"denoisers": UL2, "inputs": 48, "targets": 48, "sentinels": SENTINELS, "end": END}
+  found = corruption.denoised(jax.random.key(5), tokens, decoder=decoder, **fields)
+  for i, key in enumerate(keys(3, 5)):
+    plain = corruption.denoise(key, tokens[i], **fields)
+    wanted = corruption.joined(plain) if decoder else plain
+    for name, value in wanted.items():
+      np.testing.assert_array_equal(found[name][i], value)
+  placed, named = corruption.arguments(found)
+  if decoder:
+    assert len(placed) == 1 and set(named) == {"lengths", "prefix"}
+  else:
+    assert list(named) == ["lengths"]
+    np.testing.assert_array_equal(placed[1][:, 1:], found["targets"][:, :-1])
+    assert not placed[1][:, 0].any()
+  np.testing.assert_array_equal(placed[0], found["inputs"])

@@ -119,6 +119,33 @@ def test_relu_networks_have_a_nonnegative_trace_that_a_probe_may_miss(x64):
   assert single.min() < 0 < jnp.trace(H)
 
 
+@pytest.mark.parametrize("nonnegative", [False, True])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_gradient_of_a_penalty_on_the_trace(x64, nonnegative, stopped):
+  """That of strength * estimate; nothing where it is stopped, left out, or not due."""
+  loss, params, *_ = network()
+  options = {"probes": 3, "keep": 0.5, "mask": "tensor"}
+  kinds = options | {"nonnegative": nonnegative, "stopped": stopped}
+
+  @jax.jit
+  def both(params, sign, due):
+    signed = lambda p: sign * loss(p)  # noqa: E731
+    key = jax.random.key(2)
+    trace = lambda p: curvature.hutchinson_trace(signed, p, key, **options)[0]  # noqa: E731
+    ours = curvature.trace_gradient(signed, params, key, 0.3, due, **kinds)
+    return *ours, jax.grad(trace)(params), trace(params)
+
+  for sign in (1.0, -1.0):
+    found, estimate, slope, trace = both(params, sign, True)
+    np.testing.assert_allclose(estimate, trace, rtol=1e-12)
+    share = 0.0 if stopped or (nonnegative and trace < 0) else 0.3
+    jax.tree.map(
+      lambda a, b, x=share: np.testing.assert_allclose(a, x * b, atol=1e-13), found, slope
+    )
+    found, estimate, *_ = both(params, sign, False)
+    assert float(optax.tree.norm(found)) == float(estimate) == 0
+
+
 @pytest.mark.parametrize("iterations", [40, 1000])
 def test_top_eigenpairs(x64, iterations):
   loss, params, H, _ = network()

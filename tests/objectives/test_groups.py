@@ -1,5 +1,6 @@
 """Groups: totals and counts against loops, the worst of them, Group DRO's weights."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,3 +40,22 @@ def test_group_dro_weights():
   wanted = q * np.exp(0.1 * losses)
   got = groups.robust_weights(jnp.array(q), jnp.array(losses), 0.1)
   np.testing.assert_allclose(got, wanted / wanted.sum(), rtol=1e-6)
+
+
+def test_group_dro_is_the_weighted_loss_after_the_adversary_has_moved():
+  random = np.random.RandomState(0)
+  losses, members, mask = random.rand(20), random.randint(0, 3, 20), np.ones(20, np.float32)
+  mask[15:], q = 0, np.array([0.1, 0.2, 0.3, 0.4])  # nobody is in the last group
+  means = np.array([losses[:15][members[:15] == g].mean() for g in range(3)] + [0])
+  wanted = q * np.exp(0.5 * means)
+  wanted /= wanted.sum()
+
+  def dro(losses):
+    return groups.group_dro(losses, jnp.array(q), jnp.array(members), 0.5, jnp.array(mask))
+
+  (value, got), gradient = jax.value_and_grad(dro, has_aux=True)(jnp.array(losses))
+  np.testing.assert_allclose(got, wanted, rtol=1e-5)
+  assert float(value) == pytest.approx(wanted @ means, rel=1e-5)
+  # the adversary's move has no gradient: an example counts as its group's weight over its size
+  sizes = np.bincount(members[:15], minlength=4)
+  np.testing.assert_allclose(gradient, mask * wanted[members] / sizes[members], rtol=1e-4)

@@ -49,3 +49,11 @@ def test_what_does_not_count_has_no_gradient_and_nothing_counting_is_finite():
   np.testing.assert_array_equal(gradient(WEIGHTS)[WEIGHTS == 0], 0)
   assert (np.abs(gradient(WEIGHTS)[WEIGHTS > 0]).max(-1) > 0).all()
   np.testing.assert_array_equal(gradient(np.zeros_like(WEIGHTS)), 0)
+
+
+def test_shifted_rows_count_all_but_padding():
+  rows = np.array([[9, 7, 8, 0, 0], [7, 8, 9, 7, 8]])
+  found = language.shifted(rows)
+  np.testing.assert_array_equal(found["inputs"], rows[:, :-1])
+  np.testing.assert_array_equal(found["targets"], rows[:, 1:])
+  np.testing.assert_array_equal(found["weights"], [[1, 1, 0, 0], [1, 1, 1, 1]])

@@ -1,9 +1,13 @@
 """Refits of the last layer: liblinear's objective, balance, and the merged dense layer."""
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 from scipy import optimize
 
+from experiments.datasets import sources
+from models import convnets
 from objectives import last_layer
 
 
@@ -99,3 +103,48 @@ def test_the_dense_layer_does_to_raw_features_what_the_layer_does_to_standardise
   np.testing.assert_allclose(logits[:, 1], layer((raw - mean) / deviation), atol=1e-5)
   np.testing.assert_array_equal(logits[:, 0], np.zeros(40))
   assert dense["kernel"].dtype == dense["bias"].dtype == np.float32
+
+
+def test_features_are_what_the_last_layer_reads():
+  model = convnets.MLP((16, 8), 2)
+  x, labels = np.random.RandomState(0).rand(7, 3, 3, 1).astype(np.float32), np.arange(7) % 2
+  variables = nn.meta.unbox(model.init(jax.random.key(0), x))
+  source = sources.InMemory({"inputs": x, "labels": labels, "groups": labels * 2})
+  found = last_layer.extract(model, "layer_2", variables, source, batch=3)
+  assert found.x.shape == (7, 8) and found.x.dtype == np.float64 and found.x.min() == 0  # ReLU
+  layer = variables["params"]["layer_2"]
+  wanted = model.apply(variables, x)
+  np.testing.assert_allclose(found.x @ layer["kernel"] + layer["bias"], wanted, atol=1e-5)
+  assert found.groups.tolist() == (labels * 2).tolist()
+
+
+def test_features_of_resnet_are_pooled_and_in_evaluation_mode():
+  model = convnets.ResNet(2, (1, 1, 1, 1), bottleneck=True)
+  x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+  variables = nn.meta.unbox(model.init(jax.random.key(1), x))
+  found = last_layer.read_by(model, "classifier", variables, x)
+  assert found.shape == (2, 2048)
+  alone = last_layer.read_by(model, "classifier", variables, x[:1])
+  np.testing.assert_allclose(found[:1], alone, atol=1e-4)  # batch statistics would tell them apart
+
+
+def test_standardised_by_the_training_set():
+  train = data()
+  train.x[:, 3] = 5
+  standard = last_layer.standardised(train)
+  scaled = standard(train)
+  np.testing.assert_allclose(scaled.x.mean(0), 0, atol=1e-12)
+  np.testing.assert_allclose(scaled.x.std(0), [1, 1, 1, 0, 1, 1])
+  other = standard(data(seed=1))
+  assert np.abs(other.x.mean(0)).max() > 1e-3 and other.groups is not train.groups
+
+
+def test_the_linear_control_and_its_accuracies():
+  fields = {"inputs": data().x.reshape(200, 2, 3), "labels": data().labels, "groups": data().groups}
+  flat = last_layer.flat(fields)
+  np.testing.assert_array_equal(flat.x, data().x)
+  layer = last_layer.linear(flat)
+  hits = (flat.x @ layer.weights + layer.intercept > 0) == flat.labels
+  assert last_layer.accuracy(layer, flat) == hits.mean()
+  worst = min(hits[flat.groups == g].mean() for g in range(4))
+  assert last_layer.worst_group(layer, flat) == worst < hits.mean()

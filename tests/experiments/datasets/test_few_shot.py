@@ -24,8 +24,8 @@ def test_names_and_code_are_masked(sentence, name, plain):
 @pytest.mark.parametrize("name", few_shot.DOCSTRINGS)
 def test_pools(name):
   pool = few_shot.pool(name)
-  assert len(pool.classes) == 4
-  assert np.bincount(pool.labels).min() >= 8 + 50
+  assert len(pool.classes) == 6
+  assert np.bincount(pool.labels).min() >= 8 + (70 if name == "tuning" else 100)
   words = [set(re.findall(r"[a-z]+", t.lower().replace(few_shot.MASK, ""))) for t in pool.texts]
   for i in np.random.RandomState(0).permutation(len(words))[:100]:
     shared = [4 * len(words[i] & w) / max(len(words[i]), len(w)) for w in words]
@@ -44,8 +44,8 @@ def test_the_pool_for_tuning_is_another():
 def test_draws():
   pool = few_shot.pool("science")
   drawn = few_shot.draw(pool, 8, 50, 0)
-  assert np.bincount(pool.labels[drawn.train]).tolist() == [8] * 4
-  assert np.bincount(pool.labels[drawn.held_out]).tolist() == [50] * 4
+  assert np.bincount(pool.labels[drawn.train]).tolist() == [8] * 6
+  assert np.bincount(pool.labels[drawn.held_out]).tolist() == [50] * 6
   assert not set(drawn.train) & set(drawn.held_out)
   np.testing.assert_array_equal(few_shot.draw(pool, 8, 50, 0).train, drawn.train)
   assert set(few_shot.draw(pool, 8, 50, 1).train) != set(drawn.train)
@@ -54,10 +54,11 @@ def test_draws():
 
 
 def test_a_test_set_of_its_own():
-  part = few_shot.Pool(("a", "b", "c", "d"), np.array([0, 1, 0, 1]), ("x", "y"))
-  pool = part._replace(test=part)
+  pool = few_shot.Pool(tuple("abcdefgh"), np.array([0, 1] * 4), ("x", "y"), tested=4)
   drawn = few_shot.draw(pool, 2, 2, 0)
-  assert sorted(drawn.train) == sorted(drawn.held_out) == [0, 1, 2, 3]
+  assert sorted(drawn.train) == [0, 1, 2, 3] and sorted(drawn.held_out) == [4, 5, 6, 7]
+  with pytest.raises(ValueError, match="per_class=3 and held_out=1; 'x' has 4"):
+    few_shot.draw(pool, 3, 1, 0)
 
 
 def test_pairs_are_2_r_m_half_of_one_class():

@@ -304,6 +304,19 @@ def test_windows_of_another_tokenizer(data_dir, reference):
   assert bpe.decode(windows[0]["inputs"]) in rows(reference["test"])[0][1]
 
 
+def test_passages_differ_from_seed_to_seed(data_dir, reference):
+  drawn = text.passages("reference", "train", 64, 2, (0, 1, 5), data_dir=data_dir)
+  assert drawn.shape == (3, 2, 65)
+  assert len({row.tobytes() for row in drawn.reshape(6, 65)}) == 6
+  byte = tokenization.bytes_tokenizer()
+  whole = b"".join(byte.encode(c).tobytes() + b"\2\0\0\0" for _, c in rows(reference["train"]))
+  assert all(row.tobytes() in whole for row in drawn.reshape(6, 65))
+  alone = text.passages("reference", "train", 64, 2, (5,), data_dir=data_dir)
+  np.testing.assert_array_equal(alone[0], drawn[2])
+  with pytest.raises(ValueError, match=r"seeds=\[0, 100000\]; accepted: below \d+, of 2 rows each"):
+    text.passages("reference", "train", 64, 2, (0, 100_000), data_dir=data_dir)
+
+
 @pytest.mark.parametrize(
   ("arguments", "match"),
   [
