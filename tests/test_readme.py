@@ -3,20 +3,28 @@
 import pathlib
 import re
 
+import pytest
+
+from launch import runner
 from launch.report import text, workdirs
 from launch.report.__main__ import committed
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
+EXPERIMENTS = README.parent / "experiments"
+PAGES = (README, EXPERIMENTS / "results" / "README.md")
 
 
-def test_the_results_are_up_to_date():
-  found = README.read_text("utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_results_are_up_to_date(page):
+  found = page.read_text("utf-8")
   every = [workdirs.read(path).results for path in committed()]
-  assert text.readme(found, every) == found, "run python -m launch.report --readme README.md"
+  name = page.relative_to(README.parent)
+  assert text.readme(found, every) == found, f"run python -m launch.report --readme {name}"
 
 
-def test_a_changed_result_would_be_noticed():
-  found = README.read_text("utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_a_changed_result_would_be_noticed(page):
+  found = page.read_text("utf-8")
   every = [dict(workdirs.read(path).results) for path in committed()]
   every[0]["claims"] = [c | {"verdict": "refuted"} for c in every[0]["claims"]]
   renewed = text.readme(found, every)
@@ -24,6 +32,12 @@ def test_a_changed_result_would_be_noticed():
   assert text.readme(renewed, every) == renewed
 
 
-def test_links_lead_somewhere():
-  for target in re.findall(r"\]\((?!http)([^)#]+)", README.read_text("utf-8")):
-    assert (README.parent / target).exists(), target
+@pytest.mark.parametrize("page", [*PAGES, EXPERIMENTS / "README.md"], ids=str)
+def test_links_lead_somewhere(page):
+  for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text("utf-8")):
+    assert (page.parent / target).exists(), target
+
+
+def test_every_experiment_is_in_the_guide():
+  guide = (EXPERIMENTS / "README.md").read_text("utf-8")
+  assert not [name for name in runner.names() if f"`{name}`" not in guide]

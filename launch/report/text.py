@@ -16,7 +16,12 @@ from launch.study import Study, interval
 COLOURS = {"held": "green", "refuted": "red", "undecided": "yellow"}
 SYMBOLS = {"held": "✓", "refuted": "✗", "undecided": "?"}
 LAST = ("params", "steps", "seeds", "wall")
-MARKERS = ("<!-- from python -m launch.report --readme README.md -->", "<!-- end of results -->")
+COMMAND = "python -m launch.report --readme"
+SUMMARY, IN_FULL = (
+  f"<!-- from {COMMAND} README.md -->",
+  f"<!-- in full, from {COMMAND} experiments/results/README.md -->",
+)
+END = "<!-- end of results -->"
 
 
 def table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -168,21 +173,38 @@ def claim_rows(claims: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def readme(text: str, every: Sequence[Mapping[str, Any]]) -> str:
-  """`text` with the claims of `every` results between `MARKERS`.
+  """`text` with `every` results between its markers: verdicts counted, or every claim in full.
 
   Raises:
     ConfigurationError: the markers are not there.
   """
-  begin, end = MARKERS
+  begin = IN_FULL if IN_FULL in text else SUMMARY
   before, opened, rest = text.partition(begin)
-  _, closed, after = rest.partition(end)
+  _, closed, after = rest.partition(END)
   if not opened or not closed:
-    raise ConfigurationError(f"--readme: expected the lines {begin!r} and {end!r} in the file")
+    raise ConfigurationError(
+      f"--readme: expected the lines {SUMMARY!r} (or {IN_FULL!r}) and {END!r} in the file"
+    )
   total = counts([claim for results in every for claim in results["claims"]])
+  words = f"{sum(total.values())} claims: " + ", ".join(f"{n} {v}" for v, n in total.items())
+  rows = in_full(every) if begin == IN_FULL else summary(every)
+  return f"{before}{begin}\n{words}.\n\n{markdown_table(rows)}\n{END}{after}"
+
+
+def summary(every: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+  """One row an experiment: how many claims had which verdict."""
+  rows = [["experiment", *COLOURS, "repeated by"]]
+  for results in every:
+    name, found = results["experiment"], counts(results["claims"])
+    verdicts = [str(found.get(verdict, 0)) for verdict in COLOURS]
+    rows.append([f"[{name}](experiments/{name}.py)", *verdicts, f"`{results['command']}`"])
+  return rows
+
+
+def in_full(every: Sequence[Mapping[str, Any]]) -> list[list[str]]:
   rows = claim_rows([])
   for results in every:
     name = results["experiment"]
-    rows.append([f"[**{name}**](experiments/{name}.py) `{results['command']}`", "", "", "", ""])
+    rows.append([f"[**{name}**](../{name}.py) `{results['command']}`", "", "", "", ""])
     rows += claim_rows(results["claims"])[1:]
-  summary = f"{sum(total.values())} claims: " + ", ".join(f"{n} {v}" for v, n in total.items())
-  return f"{before}{begin}\n{summary}.\n\n{markdown_table(rows)}\n{end}{after}"
+  return rows
