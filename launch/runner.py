@@ -327,4 +327,11 @@ def _command(name: str, arguments: Mapping[str, Any], overrides: Mapping[str, An
 
 
 def command_line(name: str) -> str:
-  return " ".join([f"python -m {PACKAGE}.{name}", *sys.argv[1:]])
+  """What repeats the run: not where it wrote."""
+  words, kept = iter(sys.argv[1:]), []
+  for word in words:
+    if word == "--workdir":
+      next(words, None)
+    elif not word.startswith("--workdir="):
+      kept.append(word)
+  return shlex.join(["python", "-m", f"{PACKAGE}.{name}", *kept])

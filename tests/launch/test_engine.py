@@ -371,6 +371,12 @@ def test_the_command_line(tmp_path):
     assert f"{flag}:" in output
 
 
+def test_the_recorded_command_is_not_where_it_wrote(monkeypatch):
+  given = ["s5", "--workdir", "a b", "--seeds=1,2", "--workdir=c", "--config.name=a b"]
+  monkeypatch.setattr(sys, "argv", given)
+  assert runner.command_line("s5") == "python -m experiments.s5 --seeds=1,2 '--config.name=a b'"
+
+
 def test_the_list_of_experiments(monkeypatch, capsys, tmp_path):
   from launch import list as listing
 
