@@ -53,12 +53,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-import optax.contrib
 
 from experiments.datasets import manuals, sources, tokenization
 from launch import Claim, Evaluation, Study, Task, main
 from models import electra
-from objectives import optimizers, replaced
+from objectives import optimizers, recipes, replaced
 
 # What differs from AMOS; `single`: the middle probe alone.
 METHODS: dict[str, dict[str, Any]] = {
@@ -182,15 +181,11 @@ def pretrain(o) -> Task:
 
 def optimizer(name, lr, warmup, weight_decay, steps) -> optax.GradientTransformation:
   """AdamW, or Muon on matrices and Adam for the rest; the rate rises, then falls linearly."""
-  first = round(warmup * steps)
-  lines = optax.linear_schedule(0, lr, max(first, 1)), optax.linear_schedule(lr, 0, steps - first)
-  rate = optax.join_schedules(lines, [first])
+  rate = optimizers.warmup_linear(lr, steps, round(warmup * steps))
   betas = {"b1": 0.9, "b2": 0.98, "eps": 1e-6}
   if name == "adam":
     return optax.adamw(rate, **betas, weight_decay=weight_decay)
-  groups = {"matrix": optax.contrib.muon(rate), "rest": optax.adam(lambda n: rate(n) / 4, **betas)}
-  fields: dict[str, Any] = {"rules": [("layer_.*kernel$", "matrix")], "default": "rest"}
-  return optax.multi_transform(groups, functools.partial(optimizers.by_path, **fields))
+  return recipes.muon(rate, "layer_.*kernel$", **betas)
 
 
 def stages(config) -> dict[str, Task]:

@@ -65,7 +65,7 @@ from launch import Claim, Evaluation, Study, Task, independent, main, supervised
 from launch import mesh as meshes
 from models import merging
 from models.transformer import Transformer
-from objectives import ensembles, language, optimizers
+from objectives import ensembles, language, recipes
 
 # layers, width, heads, GPUs, updates; half of the updates are the seed phase's.
 PAPER = {
@@ -147,12 +147,7 @@ def optimizer(config) -> optax.GradientTransformation:
   if o.name == "adamw":
     return optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-7, weight_decay=0.1)
   own = lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)  # noqa: E731
-  muon = optax.contrib.muon(
-    rate, muon_weight_dimension_numbers=functools.partial(jax.tree.map, own)
-  )
-  groups = {"matrix": muon, "rest": optax.adam(lambda n: rate(n) / 4)}
-  label = functools.partial(optimizers.by_path, rules=[("kernel$", "matrix")], default="rest")
-  return optax.multi_transform(groups, label)
+  return recipes.muon(rate, dimensions=functools.partial(jax.tree.map, own))
 
 
 def is_own(path: Any, kind: str) -> bool:

@@ -97,6 +97,13 @@ def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0) -> optax
   return schedule
 
 
+def warmup_linear(peak: float, total_steps: int, warmup_steps: int) -> optax.Schedule:
+  """From 0 at update 0 to `peak` at `warmup_steps`, and from there to 0 at `total_steps`."""
+  rise = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
+  fall = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
+  return optax.join_schedules([rise, fall], [warmup_steps])
+
+
 def released_warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
   """The schedule as S5's released code has it, with its two quirks.
 

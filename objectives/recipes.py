@@ -30,14 +30,28 @@ def language_model(
     return optax.adafactor(lambda count: lr / jnp.sqrt(jnp.maximum(count, warmup_steps)))
   rate = optimizers.warmup_cosine(lr, total_steps, warmup_steps)
   if name == "muon":
-    groups = {"matrix": optax.contrib.muon(rate), "rest": optax.adam(lambda n: rate(n) / 4)}
-    rules = [("kernel$", "matrix")]
-    label = functools.partial(optimizers.by_path, rules=rules, default="rest")
-    return optax.multi_transform(groups, label)
+    return muon(rate)
   if name != "adamw":
     raise ValueError(f"optimizer={name!r}; accepted: adamw, muon, adafactor")
   adamw = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.1)
   return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+def muon(
+  rate: optax.Schedule, matrices: str = "kernel$", *, dimensions: Any = None, **adam: float
+) -> optax.GradientTransformation:
+  """Muon (Jordan et al., 2024) on matrices, Adam at a quarter of the rate on the rest.
+
+  Args:
+    rate: of Muon.
+    matrices: a regular expression found in the paths of the former.
+    dimensions: optax's `muon_weight_dimension_numbers`; by default matrices have two axes.
+    **adam: further arguments of `optax.adam`.
+  """
+  on_matrices = optax.contrib.muon(rate, muon_weight_dimension_numbers=dimensions)
+  groups = {"matrix": on_matrices, "rest": optax.adam(lambda n: rate(n) / 4, **adam)}
+  label = functools.partial(optimizers.by_path, rules=[(matrices, "matrix")], default="rest")
+  return optax.multi_transform(groups, label)
 
 
 def finetuning(
@@ -48,9 +62,7 @@ def finetuning(
   The rate rises linearly over the first `warmup` share of the updates and falls linearly to 0;
   gradients are clipped at global norm `clip`; biases and the scales of norms do not decay.
   """
-  rising = int(warmup * steps)
-  rise = optax.linear_schedule(0.0, lr, max(rising, 1))
-  rate = optax.join_schedules([rise, optax.linear_schedule(lr, 0.0, steps - rising)], [rising])
+  rate = optimizers.warmup_linear(lr, steps, int(warmup * steps))
   rules = [("(bias|norm/scale)$", "plain")]
 
   def decays(params: Any) -> Any:
