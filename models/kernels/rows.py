@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -36,6 +37,13 @@ def steps(n: jax.Array | int, step: Callable[..., Any], carry: Any, *, descendin
   return carry
 
 
+def valid(length: int, steps: int, block: jax.Array) -> jax.Array | int:
+  """How many of the `steps` of a block in time are inside a sequence of `length`."""
+  if length % steps == 0:
+    return steps
+  return jnp.minimum(steps, length - block * steps)
+
+
 @contextlib.contextmanager
 def indices_of_32_bits(interpret: bool) -> Iterator[None]:
   """Mosaic takes no 64-bit indices, which `jax_enable_x64` would make."""
@@ -44,10 +52,12 @@ def indices_of_32_bits(interpret: bool) -> Iterator[None]:
 
 
 def row(x: Any, r: int, t: jax.Array) -> Row:
+  """Step t of row r of the batch, of references (R, T, D)."""
   return tuple(part[r, pl.ds(t, 1), :] for part in x)
 
 
 def put(x: Any, r: int, t: jax.Array, row: Row) -> None:
+  """Writes what `row` reads."""
   for part, value in zip(x, row, strict=True):
     part[r, pl.ds(t, 1), :] = value
 
@@ -60,20 +70,24 @@ def copy(source: Any, target: Any) -> None:
 
 
 def store(target: Any, rows: tuple[Row, ...]) -> None:
+  """One row each of the batch into references (R, 1, D)."""
   for r, row in enumerate(rows):
     for part, value in zip(target, row, strict=True):
       part[r] = value
 
 
 def add(x: Row, y: Row) -> Row:
+  """x + y."""
   return tuple(p + q for p, q in zip(x, y, strict=True))
 
 
 def times(x: Row, y: Row) -> Row:
+  """x y, real or complex."""
   if len(x) == 1:
     return (x[0] * y[0],)
   return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
 
 
 def conj(x: Row) -> Row:
+  """The complex conjugate; a real row is its own."""
   return x if len(x) == 1 else (x[0], -x[1])

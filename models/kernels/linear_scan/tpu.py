@@ -59,9 +59,7 @@ class Blocks(NamedTuple):
 
   def valid(self, block: jax.Array) -> jax.Array | int:
     """How many steps of a block in time are inside the sequence."""
-    if self.length % self.steps == 0:
-      return self.steps
-    return jnp.minimum(self.steps, self.length - block * self.steps)
+    return rows.valid(self.length, self.steps, block)
 
 
 def refusal(a: Parts, b: Parts, h0: Parts) -> str | None:

@@ -70,9 +70,7 @@ class Cut(NamedTuple):
 
   def valid(self, block: jax.Array) -> jax.Array | int:
     """How many steps of a block are inside the sequence."""
-    if self.length % self.steps == 0:
-      return self.steps
-    return jnp.minimum(self.steps, self.length - block * self.steps)
+    return rows.valid(self.length, self.steps, block)
 
 
 class Operands(NamedTuple):
@@ -238,7 +236,7 @@ def _forward_call(
       partial(_forward, cut=cut, reverse=reverse, adds=y is not None),
       grid=cut.grid,
       in_specs=(
-        specs.operands(operands),
+        specs.operands(operands, specs.whole),
         specs.whole(base) if y is None else specs.sequence,
         (specs.state,) * 2,
       ),
@@ -289,13 +287,13 @@ def _backward_call(
       partial(_backward, cut=cut, reverse=reverse, adds=du is not None),
       grid=cut.grid,
       in_specs=(
-        specs.operands(operands),
+        specs.operands(operands, specs.whole),
         specs.whole(base) if du is None else specs.sequence,
         specs.sequence,
         (specs.mark,) * 2,
         (specs.state,) * 2,
       ),
-      out_specs=(specs.slopes(operands), specs.total(D[None]), (specs.state,) * 2),
+      out_specs=(specs.operands(operands, specs.total), specs.total(D[None]), (specs.state,) * 2),
       out_shape=(shapes, total(D[None]), (state,) * 2),
       scratch_shapes=(
         specs.carry(),
@@ -346,13 +344,9 @@ def _forward(
     mark[:, 0] = x[...]
   n = cut.valid(cut.grid[1] - 1 - k if reverse else k)
   low = operands.B[0].dtype
-  _interleave(operands.a, decays, cut)
-  _interleave(operands.scale, scales, cut)
-  _driven(operands.u, operands.B, drive, cut)
-  if operands.scale:
-    _scale(scales or operands.scale, drive)
+  scratch = drive, states, decays, scales, ()
   start = tuple(x[:, 0] for x in carry)
-  _keep(carry, _recur(n, decays or operands.a, drive, states, start, reverse, cut))
+  _keep(carry, _states(n, operands, start, *scratch, reverse, cut))
 
   @cut.for_chains
   def _(c: jax.Array) -> None:
@@ -393,15 +387,8 @@ def _backward(
     return jnp.where(t < n, x, jnp.zeros_like(x)) if ragged else x
 
   # The states of the block once more.
-  _interleave(operands.a, decays, cut)
-  _interleave(operands.scale, scales, cut)
-  _driven(operands.u, operands.B, drive, cut)
-  if operands.scale:
-    for panels, kept in zip(drive, unscaled, strict=True):
-      rows.copy(panels, kept)
-    _scale(scales or operands.scale, drive)
   start = tuple(mark[:, 0, 0] for mark in marks)
-  _recur(n, decays or operands.a, drive, states, start, reverse, cut)
+  _states(n, operands, start, drive, states, decays, scales, unscaled, reverse, cut)
 
   # The recurrence of the gradients, from `slope` into `drive`.
   _driven(dy, operands.C, slope, cut, "ik,jk->ij")
@@ -443,6 +430,22 @@ def _backward(
       dD[0] += product.sum(axis=0, keepdims=True)
 
   pl.when(k == cut.grid[1] - 1)(partial(rows.copy, carry, dx0))
+
+
+def _states(
+  n: Any, operands: Operands, start: Row, drive: Any, states: Any, decays: Any, scales: Any,
+  unscaled: Any, reverse: bool, cut: Cut,
+) -> Row:  # fmt: skip
+  """Those of a block into `states`, the drive into `drive`, and as it was without its scale into
+  `unscaled` where that is wanted; the last states."""
+  _interleave(operands.a, decays, cut)
+  _interleave(operands.scale, scales, cut)
+  _driven(operands.u, operands.B, drive, cut)
+  if operands.scale:
+    for panels, kept in zip(drive, unscaled, strict=False):
+      rows.copy(panels, kept)
+    _scale(scales or operands.scale, drive)
+  return _recur(n, decays or operands.a, drive, states, start, reverse, cut)
 
 
 def _recur(n: Any, a: Any, source: Any, target: Any, start: Row, descending: bool, cut: Cut) -> Row:
@@ -603,24 +606,18 @@ class _Specs:
     zero = (0,) * x.ndim
     return pl.BlockSpec((1, *x.shape), lambda i, k: (i, *zero))
 
-  def operands(self, x: Operands) -> Operands:
-    decay = {2: self.whole, 3: lambda _: self.by_step}
-    return Operands(
-      self.sequence,
-      tuple(decay[part.ndim](part) for part in x.a),
-      tuple(decay[part.ndim](part) for part in x.scale),
-      tuple(map(self.whole, x.B)),
-      tuple(map(self.whole, x.C)),
-    )
+  def operands(self, x: Operands, fixed: Callable[[jax.Array], pl.BlockSpec]) -> Operands:
+    """`fixed` specifies what does not differ by step: `whole` operands, `total` gradients."""
 
-  def slopes(self, x: Operands) -> Operands:
-    decay = {2: self.total, 3: lambda _: self.by_step}
+    def of(part: jax.Array) -> pl.BlockSpec:
+      return self.by_step if part.ndim == 3 else fixed(part)
+
     return Operands(
       self.sequence,
-      tuple(decay[part.ndim](part) for part in x.a),
-      tuple(decay[part.ndim](part) for part in x.scale),
-      tuple(map(self.total, x.B)),
-      tuple(map(self.total, x.C)),
+      tuple(map(of, x.a)),
+      tuple(map(of, x.scale)),
+      tuple(map(fixed, x.B)),
+      tuple(map(fixed, x.C)),
     )
 
   def carry(self) -> list[Any]:
