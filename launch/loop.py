@@ -30,6 +30,7 @@ RECORDS = 100  # training metrics are written about this often in a stage
 READ_S = 0.3  # and brought to the host about this often, in seconds
 RETRY_S = 30.0  # a checkpoint that could not be written is tried again this often
 PATIENCE_S = 600.0  # and at the end of a stage for this long
+GRACE_S = 10.0  # or, told to stop, four times in this; what preempts gives 30 seconds or so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +227,7 @@ class _Run:
       if saves:
         self.save()
       if signalled:
-        self.settle(patience=0.0)
+        self.settle(GRACE_S)
         raise Stopped(self.label, self.step, signalled)
     self.settle(PATIENCE_S)
     self.wall_s = time.monotonic() - self.began
@@ -242,7 +243,7 @@ class _Run:
       if processes.count() > 1:  # the others are not here to save with
         raise TrainingError(f"{what}; {self.kept()}") from error
       self.save()
-      self.settle(patience=0.0)
+      self.settle(GRACE_S)
       raise TrainingError(
         f"{what}; saved at step {self.step}: when the data is back, the same command goes on"
         " from there"
@@ -329,24 +330,28 @@ class _Run:
       self.checkpoints.save(self.step, self.state, record)
 
   @contextlib.contextmanager
-  def not_fatal(self) -> Iterator[None]:
-    """A checkpoint that cannot be written is no reason to stop: the state is in memory."""
+  def not_fatal(self, pause: float | None = None) -> Iterator[None]:
+    """A checkpoint that cannot be written is no reason to stop: the state is in memory.
+
+    It is tried again in `pause` seconds, by default RETRY_S.
+    """
+    pause = RETRY_S if pause is None else pause
     try:
       yield
     except SaveError as error:
-      self.retry_at = time.monotonic() + RETRY_S
+      self.retry_at = time.monotonic() + pause
       self.unsaved = f"cannot be saved in {self.checkpoints.directory}: {error}"
       if processes.count() > 1:  # a second attempt would need all of them to know
         raise TrainingError(
           f"{self.label}: step {self.step} {self.unsaved}; {self.kept()}"
         ) from error
-      self.say(f"{self.label}: step {self.step} {self.unsaved}; trying again in {RETRY_S:g} s")
+      self.say(f"{self.label}: step {self.step} {self.unsaved}; trying again in {pause:g} s")
 
   def settle(self, patience: float) -> None:
     """Returns when the newest state is whole on disk; tries again for `patience` seconds."""
-    until = time.monotonic() + patience
+    until, pause = time.monotonic() + patience, min(RETRY_S, patience / 4)
     while True:
-      with self.not_fatal():
+      with self.not_fatal(pause):
         self.checkpoints.wait()
       if self.retry_at is None:
         return
@@ -354,7 +359,7 @@ class _Run:
         good = self.checkpoints.latest()
         kept = f"the last checkpoint is of step {good}" if good is not None else "none was saved"
         raise TrainingError(f"{self.label}: step {self.step} {self.unsaved}; {kept}")
-      time.sleep(max(min(self.retry_at - time.monotonic(), until - time.monotonic()), 0.0))
+      time.sleep(max(min(pause, until - time.monotonic()), 0.0))
       self.save()
 
   def close(self) -> None:

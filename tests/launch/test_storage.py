@@ -26,10 +26,19 @@ SERVERS = {
 from moto.server import main
 main(["-H", "127.0.0.1", "-p", "{port}"])
 """,
-  # One request at a time: its threads see each other's half-written objects.
+  # One request at a time: its threads see each other's half-written objects. With the generation
+  # of what is read, as the service says it: tensorstore cannot rewrite an object without.
   "gs": """
 import threading
 from gcp_storage_emulator import server
+from gcp_storage_emulator.handlers import objects
+download = objects.download
+def with_generation(request, response, storage, *_, **__):
+  download(request, response, storage)
+  if response.status < 300:
+    found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+    response["x-goog-generation"] = found["generation"]
+objects.download = with_generation
 handle, lock = server.Router.handle, threading.Lock()
 def alone(*arguments):
   with lock:
