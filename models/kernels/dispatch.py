@@ -1,9 +1,9 @@
 """Which implementation of an operation runs, given its name, the platform and the shapes.
 
-An operation keeps a table `{name: Implementation}`, best first, in which "xla" takes every problem
-on every platform. The rows after it run only when they are named: kernels that XLA does not shard
-(it would gather their operands), and kernels interpreted step by step, which is slow and shows on
-any machine whether they are right. Nothing else in the repository asks for a platform.
+An operation keeps a table `{name: Implementation}`, best first, in which one row takes every
+problem on every platform. The rows after it run only when they are named: kernels interpreted step
+by step, which is slow and shows on any machine whether they are right. Nothing else in the
+repository asks for a platform.
 """
 
 from __future__ import annotations
@@ -25,21 +25,37 @@ class Implementation(NamedTuple):
     no derivative of their own: the operation's `custom_vjp` is outside.
   platforms: those that it runs on.
   refusal: takes the operands of `forward`, returns why it cannot run them, or None where it can.
+  partitioned: whether XLA cuts it between devices. Otherwise it would gather the operands, so that
+    the implementation is chosen only where each device has its own part, see `partition.py`.
   """
 
   forward: Callable[..., Any]
   backward: Callable[..., Any]
   platforms: tuple[str, ...] = PLATFORMS
   refusal: Callable[..., str | None] = lambda *operands: None
+  partitioned: bool = True
 
 
-def interpreted(
-  module: Any, refusal: Callable[..., str | None] = lambda *operands: None
+def kernel(
+  module: Any, platforms: tuple[str, ...], refusal: Callable[..., str | None]
 ) -> Implementation:
-  """The `forward` and `backward` of a module of Pallas kernels, step by step on any platform."""
+  """The `forward` and `backward` of a module of Pallas kernels, which XLA does not partition."""
+  return Implementation(module.forward, module.backward, platforms, refusal, partitioned=False)
+
+
+def interpreted(module: Any, refusal: Callable[..., str | None]) -> Implementation:
+  """The same step by step on any platform, which is slow."""
   forward = partial(module.forward, interpret=True)
   backward = partial(module.backward, interpret=True)
   return Implementation(forward, backward, refusal=refusal)
+
+
+def whole() -> bool:
+  """Whether every device has its own operands here: there is one, or a `shard_map` around."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return jax.device_count() == 1
+  return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def check(table: Mapping[str, Implementation], name: str | None, *operands: Any) -> None:
@@ -53,12 +69,22 @@ def check(table: Mapping[str, Implementation], name: str | None, *operands: Any)
     raise ValueError(f"implementation={name!r}: {why}; available here: {', '.join(able)}")
 
 
-def choose(table: Mapping[str, Implementation], name: str | None, *operands: Any) -> dict[str, str]:
-  """An implementation for each platform: `name`, or else the first that can run the operands."""
+def choose(
+  table: Mapping[str, Implementation], name: str | None, *operands: Any, at_once: bool = False
+) -> dict[str, str]:
+  """An implementation for each platform: `name`, or else the first that can run the operands.
+
+  With `at_once` it is one for all of them, that of the platform that is current: backends that keep
+  different things for the derivative cannot be in one program.
+  """
   if name is not None:
     return dict.fromkeys(PLATFORMS, name)
+  rows = {n: row for n, row in table.items() if row.partitioned or whole()}
+  here = _platform()
   return {
-    platform: next(n for n in table if _refusal(table[n], platform, operands) is None)
+    platform: next(
+      n for n in rows if _refusal(rows[n], here if at_once else platform, operands) is None
+    )
     for platform in PLATFORMS
   }
 
@@ -98,5 +124,7 @@ def _refusal(row: Implementation, platform: str, operands: tuple[Any, ...]) -> s
 
 
 def _platform() -> str:
-  name = jax.default_backend()
+  """That of the current mesh, whose devices may be described and not there, or the default one."""
+  device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+  name = jax.default_backend() if device is None else device.platform
   return "cuda" if name == "gpu" else name

@@ -3,32 +3,35 @@
 Inside, every operand is a tuple of real arrays: `(x,)` for a real problem, `(re, im)` for a complex
 one. A backend is a pair of functions on such tuples:
 
-    forward(a, b, h0, *, reverse) -> (y, h_last)
+    forward(a, b, h0, *, reverse, states=True) -> (y, h_last)
     backward(a, y, h0, dy, dh_last, *, reverse) -> (da, db, dh0)
 
 with `b`, `y`, `dy`, `db` of shape (..., L, N) in the dtype of `b`; `h0`, `h_last` of shape (..., N)
-and `a`, of shape (N,) or that of `b`, in the dtype of the carry (float32 or float64).
+and `a`, of shape (N,) or that of `b`, in the dtype of the carry (float32 or float64). With
+`states=False` only h_last is wanted, and y is ().
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from models.kernels import dispatch
-from models.kernels.linear_scan import tpu, xla
+from models.kernels import dispatch, partition
+from models.kernels.linear_scan import partitioned, tpu, xla
+from models.kernels.partition import Axes
 
 # An array, or (re, im).
 Operand = Any
 Parts = tuple[jax.Array, ...]
 
 IMPLEMENTATIONS = {
+  "pallas_tpu": dispatch.kernel(tpu, ("tpu",), tpu.refusal),
   "xla": dispatch.Implementation(xla.forward, xla.backward),
-  "pallas_tpu": dispatch.Implementation(tpu.forward, tpu.backward, ("tpu",), tpu.refusal),
-  "pallas_tpu_interpreted": dispatch.interpreted(tpu),
+  "pallas_tpu_interpreted": dispatch.interpreted(tpu, tpu.refusal),
 }
 
 
@@ -38,6 +41,7 @@ def linear_scan(
   h0: Operand | None = None,
   *,
   reverse: bool = False,
+  spec: Sequence[Any] | None = None,
   implementation: str | None = None,
 ) -> tuple[Operand, Operand]:
   """y_t = a_t * y_{t-1} + b_t along axis -2, elementwise in the channels, with y_{-1} = h0.
@@ -51,8 +55,9 @@ def linear_scan(
   constant `a` the one sequence kept is `y`. Second derivatives are right, but their cost grows with
   the square of L.
 
-  Operands may be sharded. Over batch and channels nothing is moved; over time the result is right
-  but slow. Inside `jax.shard_map` pass it check_vma=False.
+  Operands may be sharded. With `spec` each device runs its part: over batch and channels nothing
+  but a gradient's sum is moved, over time a state for each part. Without, it is left to XLA, which
+  gathers what is sharded over time. Inside `jax.shard_map` pass it check_vma=False.
 
   Args:
     a: (N,) for a constant decay, or exactly the shape of `b`. Nothing in between is broadcast.
@@ -60,6 +65,9 @@ def linear_scan(
     b: (..., L, N), usually (B, L, N); float32, float64, bfloat16 or float16. L = 0 is allowed.
     h0: (..., N), the state before the first step; zeros by default.
     reverse: runs y_t = a_t * y_{t+1} + b_t from the last step to the first, with y_L = h0.
+    spec: axes of the current mesh (`jax.set_mesh`) over which (batch, time, channels) lie, such as
+      P("data", "sequence", "tensor"), where the batch is the first axis of `b`; by default those of
+      `b` where the mesh's axes are Explicit. An axis that does not divide its size is left out.
     implementation: a key of IMPLEMENTATIONS; by default the best for the platform and the shapes.
 
   Returns:
@@ -68,8 +76,8 @@ def linear_scan(
       `reverse` is the one at t = 0. With bfloat16 `b` it is more exact than the end of `y`.
 
   Raises:
-    ValueError: for operands of mixed kinds or wrong shapes, and for an implementation that is
-      unknown or cannot run here.
+    ValueError: for operands of mixed kinds or wrong shapes, for axes that the mesh does not have,
+      and for an implementation that is unknown or cannot run here.
     TypeError: for a dtype not listed above.
   """
   a_parts, b_parts = _parts("a", a), _parts("b", b)
@@ -85,37 +93,59 @@ def linear_scan(
     h0_parts = tuple(x.astype(carry) for x in h0_parts)
 
   dispatch.check(IMPLEMENTATIONS, implementation, a_parts, b_parts, h0_parts)
-  y, h_last = _scan(a_parts, b_parts, h0_parts, reverse, implementation)
+  shape = b_parts[0].shape
+  sizes = (shape[0] if len(shape) > 2 else 1, *shape[-2:])
+  axes = partition.find("linear_scan", spec, b_parts[0], sizes)
+  y, h_last = _scan(a_parts, b_parts, h0_parts, reverse, implementation, axes)
   return _like(b, y), _like(b, h_last)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _scan(
-  a: Parts, b: Parts, h0: Parts, reverse: bool, implementation: str | None
+  a: Parts, b: Parts, h0: Parts, reverse: bool, implementation: str | None, axes: Axes | None
 ) -> tuple[Parts, Parts]:
-  return _scan_fwd(a, b, h0, reverse, implementation)[0]
+  return _scan_fwd(a, b, h0, reverse, implementation, axes)[0]
 
 
 def _scan_fwd(
-  a: Parts, b: Parts, h0: Parts, reverse: bool, implementation: str | None
-) -> tuple[tuple[Parts, Parts], tuple[Parts, Parts, Parts]]:
-  names = dispatch.choose(IMPLEMENTATIONS, implementation, a, b, h0)
-  y, h_last = dispatch.forward(IMPLEMENTATIONS, names, a, b, h0, reverse=reverse)
+  a: Parts, b: Parts, h0: Parts, reverse: bool, implementation: str | None, axes: Axes | None
+) -> tuple[tuple[Parts, Parts], tuple[Parts, Parts, Any]]:
+  forward = partial(run, implementation)
+  if axes is None:
+    y, h_last = forward(a, b, h0, reverse=reverse)
+  else:
+    y, h_last, h0 = partitioned.forward(forward, a, b, h0, reverse=reverse, axes=axes)
   return (y, h_last), (a, y, h0)
 
 
 def _scan_bwd(
   reverse: bool,
   implementation: str | None,
-  residuals: tuple[Parts, Parts, Parts],
+  axes: Axes | None,
+  residuals: tuple[Parts, Parts, Any],
   cotangents: tuple[Parts, Parts],
 ) -> tuple[Parts, Parts, Parts]:
-  a, y, h0 = residuals
-  names = dispatch.choose(IMPLEMENTATIONS, implementation, a, y, h0)
-  return dispatch.backward(IMPLEMENTATIONS, names, a, y, h0, *cotangents, reverse=reverse)
+  backward = partial(_run_back, implementation, reverse=reverse)
+  if axes is None:
+    return backward(*residuals, *cotangents)
+  forward = partial(run, implementation)
+  return partitioned.backward(
+    forward, backward, *residuals, *cotangents, reverse=reverse, axes=axes
+  )
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def run(name: str | None, *operands: Parts, **static: bool) -> tuple[Parts, Parts]:
+  """`forward` of a backend, by its name or the best."""
+  names = dispatch.choose(IMPLEMENTATIONS, name, *operands)
+  return dispatch.forward(IMPLEMENTATIONS, names, *operands, **static)
+
+
+def _run_back(name: str | None, *operands: Parts, reverse: bool) -> tuple[Parts, Parts, Parts]:
+  names = dispatch.choose(IMPLEMENTATIONS, name, *operands[:3])
+  return dispatch.backward(IMPLEMENTATIONS, names, *operands, reverse=reverse)
 
 
 def _parts(name: str, x: Operand) -> Parts:

@@ -72,15 +72,15 @@ def refusal(a: Parts, b: Parts, h0: Parts) -> str | None:
 
 
 def forward(
-  a: Parts, b: Parts, h0: Parts, *, reverse: bool, interpret: bool = False
+  a: Parts, b: Parts, h0: Parts, *, reverse: bool, states: bool = True, interpret: bool = False
 ) -> tuple[Parts, Parts]:
   """See `interface.py`. With `interpret` the kernel's steps run one by one on any platform."""
   shape, carry = b[0].shape, h0[0].dtype
   if 0 in shape:
-    return b, h0
+    return b if states else (), h0
   a, b, h0, per_step = _flat(a, b, h0)
   low = b[0].dtype != carry
-  moved = len(b) * (b[0].dtype.itemsize * 2 + (carry.itemsize if per_step else 0))
+  moved = len(b) * (b[0].dtype.itemsize * (1 + states) + (carry.itemsize if per_step else 0))
   cut = _cut(b[0].shape, 2 * moved + 2 * len(b) * carry.itemsize * low)
   last = cut.grid[2] - 1
   sequence = pl.BlockSpec(
@@ -97,9 +97,9 @@ def forward(
       partial(_forward, cut=cut, reverse=reverse, per_step=per_step),
       grid=cut.grid,
       in_specs=((sequence if per_step else constant,) * each, (sequence,) * each, (state,) * each),
-      out_specs=((sequence,) * each, (state,) * each),
-      out_shape=(tuple(map(_like, b)), tuple(map(_like, h0))),
-      scratch_shapes=(carries, wide, wide),
+      out_specs=((sequence,) * each * states, (state,) * each),
+      out_shape=(tuple(map(_like, b)) if states else (), tuple(map(_like, h0))),
+      scratch_shapes=(carries, wide, wide if states else []),
       compiler_params=ORDER,
       cost_estimate=_cost(b[0].size, 2 if each == 1 else 8, moved),
       interpret=interpret,
@@ -187,7 +187,8 @@ def _forward(
     after = []
     for r, h in enumerate(states):
       new = rows.add(rows.times(decay or rows.row(a, r, t), h), rows.row(source, r, t))
-      rows.put(target, r, t, new)
+      if target:
+        rows.put(target, r, t, new)
       after.append(new)
     return tuple(after)
 

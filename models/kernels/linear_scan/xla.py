@@ -22,8 +22,12 @@ Parts = tuple[jax.Array, ...]
 Buffer = Any
 
 
-def forward(a: Parts, b: Parts, h0: Parts, *, reverse: bool) -> tuple[Parts, Parts]:
+def forward(
+  a: Parts, b: Parts, h0: Parts, *, reverse: bool, states: bool = True
+) -> tuple[Parts, Parts]:
   """See `interface.py`."""
+  if not states:
+    return (), parts(last(a, _cast(b, h0[0].dtype), native(h0), reverse=reverse))
   y, h_last = scan(a, _cast(b, h0[0].dtype), native(h0), reverse=reverse)
   return _cast(y, b[0].dtype), parts(h_last)
 
@@ -53,6 +57,17 @@ def scan(a: Parts, b: Buffer, h0: jax.Array, *, reverse: bool) -> tuple[Buffer, 
 
   h_last, y = lax.fori_loop(0, length, step, (h0, b))
   return y, h_last
+
+
+def last(a: Parts, b: Buffer, h0: jax.Array, *, reverse: bool) -> jax.Array:
+  """The last state of `scan`; nothing is written."""
+  length = _length(b)
+
+  def step(i: jax.Array, h: jax.Array) -> jax.Array:
+    t = length - 1 - i if reverse else i
+    return _decay(a, t) * h + _row(b, t)
+
+  return lax.fori_loop(0, length, step, h0) if length else h0
 
 
 def adjoint(

@@ -1,7 +1,7 @@
 """The state-space core of S5: public function, validation, derivative, choice of backend.
 
-A backend is a pair of functions. Complex operands are pairs (re, im); `a` and `scale` hold one pair
-for each direction of `reverses`, which is (False,), (True,) or (False, True):
+A backend is a pair of functions. Complex operands are pairs (re, im). `a`, `scale`, `x0` and
+`x_last` hold one for each direction of `reverses`, which is (False,), (True,) or (False, True):
 
     forward(u, a, scale, B, C, D, x0, *, reverses) -> (y, x_last, saved)
     backward(saved, u, a, scale, B, C, D, x0, dy, dx_last, *, reverses)
@@ -13,20 +13,22 @@ states.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from models.kernels import dispatch
-from models.kernels.s5 import tpu, xla
+from models.kernels import dispatch, partition
+from models.kernels.partition import Axes
+from models.kernels.s5 import partitioned, tpu, xla
 
 Pair = tuple[jax.Array, jax.Array]
 
 IMPLEMENTATIONS = {
+  "pallas_tpu": dispatch.kernel(tpu, ("tpu",), tpu.refusal),
   "xla": dispatch.Implementation(xla.forward, xla.backward),
-  "pallas_tpu": dispatch.Implementation(tpu.forward, tpu.backward, ("tpu",), tpu.refusal),
   "pallas_tpu_interpreted": dispatch.interpreted(tpu, tpu.refusal),
 }
 
@@ -44,6 +46,7 @@ def s5_apply(
   bidirectional: bool = False,
   a_reverse: Pair | None = None,
   scale_reverse: Pair | None = None,
+  spec: Sequence[Any] | None = None,
   implementation: str | None = None,
 ) -> tuple[jax.Array, Pair]:
   """x_t = a_t x_{t-1} + scale_t (B u_t), y_t = Re(C x_t) + D u_t (arXiv:2208.04933, section 3).
@@ -74,6 +77,8 @@ def s5_apply(
     a_reverse, scale_reverse: those of the second scan, by default `a` and `scale`. With gaps
       between samples they differ: forwards the state decays over the gap before a sample, backwards
       over the gap after it.
+    spec: axes of the current mesh over which (batch, time, states) lie, see `linear_scan`; by
+      default, where axes are Explicit, those of the batch and time of `u`.
     implementation: a key of IMPLEMENTATIONS; by default the best for the platform and the shapes.
 
   Returns:
@@ -82,8 +87,8 @@ def s5_apply(
       t = 0; if bidirectional, the forward direction's.
 
   Raises:
-    ValueError: for wrong shapes, arguments that exclude each other, and for an implementation that
-      is unknown or cannot run here.
+    ValueError: for wrong shapes, arguments that exclude each other, axes that the mesh does not
+      have, and for an implementation that is unknown or cannot run here.
     TypeError: for a dtype not listed above.
   """
   if reverse and bidirectional:
@@ -120,39 +125,62 @@ def s5_apply(
 
   if scale is not None and scale[0].ndim == 1 and scale_reverse is None:
     B, scale = _scale_rows(scale, B), None  # P H products in place of B L P
-  if x0 is None:
-    x0 = (jnp.zeros((batch, states), dtype), jnp.zeros((batch, states), dtype))
-  decays, scales, reverses = [a], [scale], [reverse]
+  zeros = (jnp.zeros((batch, states), dtype),) * 2
+  decays, scales, starts, reverses = [a], [scale], [zeros if x0 is None else x0], [reverse]
   if bidirectional:
     decays.append(a if a_reverse is None else a_reverse)
     scales.append(scale if scale_reverse is None else scale_reverse)
+    starts.append(zeros)
     reverses.append(True)
 
-  arguments = (u, tuple(decays), tuple(scales), B, C, D, x0)
+  arguments = (u, tuple(decays), tuple(scales), B, C, D, tuple(starts))
   dispatch.check(IMPLEMENTATIONS, implementation, *arguments)
-  return _apply(tuple(reverses), implementation, *arguments)
+  sizes = (batch, length, states)
+  axes = partition.find("s5_apply", spec, u, sizes)
+  y, x_last = _apply(tuple(reverses), implementation, axes, *arguments)
+  return y, x_last[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _apply(reverses: tuple[bool, ...], implementation: str | None, *operands: Any) -> Any:
-  return _apply_fwd(reverses, implementation, *operands)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _apply(
+  reverses: tuple[bool, ...], implementation: str | None, axes: Axes | None, *operands: Any
+) -> Any:
+  return _apply_fwd(reverses, implementation, axes, *operands)[0]
 
 
-def _apply_fwd(reverses: tuple[bool, ...], implementation: str | None, *operands: Any) -> Any:
-  names = dispatch.choose(IMPLEMENTATIONS, implementation, *operands)
-  y, x_last, saved = dispatch.forward(IMPLEMENTATIONS, names, *operands, reverses=reverses)
+def _apply_fwd(
+  reverses: tuple[bool, ...], implementation: str | None, axes: Axes | None, *operands: Any
+) -> Any:
+  run = partial(_run, implementation, reverses=reverses)
+  if axes is None:
+    y, x_last, saved = run(*operands)
+  else:
+    y, x_last, saved = partitioned.forward(run, *operands, reverses=reverses, axes=axes)
   return (y, x_last), (saved, operands)
 
 
 def _apply_bwd(
-  reverses: tuple[bool, ...], implementation: str | None, residuals: Any, cotangents: Any
-) -> tuple[Any, ...]:
+  reverses: tuple[bool, ...], implementation: str | None, axes: Axes | None, residuals: Any,
+  cotangents: Any,
+) -> tuple[Any, ...]:  # fmt: skip
   saved, operands = residuals
-  names = dispatch.choose(IMPLEMENTATIONS, implementation, *operands)
-  return dispatch.backward(IMPLEMENTATIONS, names, saved, *operands, *cotangents, reverses=reverses)
+  run = partial(_run_back, implementation, reverses=reverses)
+  if axes is None:
+    return run(saved, *operands, *cotangents)
+  return partitioned.backward(run, saved, *operands, *cotangents, reverses=reverses, axes=axes)
 
 
 _apply.defvjp(_apply_fwd, _apply_bwd)
+
+
+def _run(name: str | None, *operands: Any, reverses: tuple[bool, ...]) -> Any:
+  names = dispatch.choose(IMPLEMENTATIONS, name, *operands, at_once=True)
+  return dispatch.forward(IMPLEMENTATIONS, names, *operands, reverses=reverses)
+
+
+def _run_back(name: str | None, saved: Any, *operands: Any, reverses: tuple[bool, ...]) -> Any:
+  names = dispatch.choose(IMPLEMENTATIONS, name, *operands[:-2], at_once=True)
+  return dispatch.backward(IMPLEMENTATIONS, names, saved, *operands, reverses=reverses)
 
 
 def _scale_rows(scale: Pair, B: Pair) -> Pair:

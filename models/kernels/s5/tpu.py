@@ -87,7 +87,7 @@ class Operands(NamedTuple):
 
 
 def refusal(
-  u: jax.Array, a: Any, scale: Any, B: Pair, C: Pair, D: jax.Array, x0: Pair
+  u: jax.Array, a: Any, scale: Any, B: Pair, C: Pair, D: jax.Array, x0: Any
 ) -> str | None:
   """Why the kernels cannot run these operands."""
   if D.dtype != jnp.float32:
@@ -108,23 +108,22 @@ def forward(
   B: Pair,
   C: Pair,
   D: jax.Array,
-  x0: Pair,
+  x0: tuple[Pair, ...],
   *,
   reverses: tuple[bool, ...],
   interpret: bool = False,
-) -> tuple[jax.Array, Pair, Any]:
+) -> tuple[jax.Array, tuple[Pair, ...], Any]:
   """See `interface.py`; kept is the state that enters each block."""
   y: Any = None
   lasts, marks = [], []
   for k, reverse in enumerate(reverses):
     cut, operands = _operands(k, u, a, scale, B, C, len(reverses))
-    start = x0 if k == 0 else tuple(map(jnp.zeros_like, x0))
     # Until the last direction has been added the sum is not rounded.
     dtype = u.dtype if k == len(reverses) - 1 else D.dtype
-    y, last, mark = _forward_call(cut, operands, D, start, y, dtype, reverse, interpret)
+    y, last, mark = _forward_call(cut, operands, D, x0[k], y, dtype, reverse, interpret)
     lasts.append(last)
     marks.append(mark)
-  return y.reshape(u.shape), lasts[0], tuple(marks)
+  return y.reshape(u.shape), tuple(lasts), tuple(marks)
 
 
 def backward(
@@ -135,9 +134,9 @@ def backward(
   B: Pair,
   C: Pair,
   D: jax.Array,
-  x0: Pair,
+  x0: tuple[Pair, ...],
   dy: jax.Array,
-  dx_last: Pair,
+  dx_last: tuple[Pair, ...],
   *,
   reverses: tuple[bool, ...],
   interpret: bool = False,
@@ -147,16 +146,24 @@ def backward(
   found = []
   for k, reverse in enumerate(reverses):
     cut, operands = _operands(k, u, a, scale, B, C, len(reverses))
-    end = dx_last if k == 0 else tuple(map(jnp.zeros_like, dx_last))
     dtype = u.dtype if k == len(reverses) - 1 else D.dtype
     du, *others = _backward_call(
-      cut, operands, D, saved[k], dy.reshape(operands.u.shape), end, du, dtype, reverse, interpret
+      cut,
+      operands,
+      D,
+      saved[k],
+      dy.reshape(operands.u.shape),
+      dx_last[k],
+      du,
+      dtype,
+      reverse,
+      interpret,
     )
     found.append(others)
   da, dscale, dBs, dCs, dDs, dx0s = zip(*found, strict=True)
   dB = tuple(sum(parts) for parts in zip(*dBs, strict=True))
   dC = tuple(jnp.concatenate(parts, axis=-1) for parts in zip(*dCs, strict=True))
-  return du.reshape(u.shape), da, dscale, dB, dC, dDs[0], dx0s[0]
+  return du.reshape(u.shape), da, dscale, dB, dC, dDs[0], dx0s
 
 
 def _operands(

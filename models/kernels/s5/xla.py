@@ -25,24 +25,24 @@ def forward(
   B: Pair,
   C: Pair,
   D: jax.Array,
-  x0: Pair,
+  x0: tuple[Pair, ...],
   *,
   reverses: tuple[bool, ...],
-) -> tuple[jax.Array, Pair, Any]:
+) -> tuple[jax.Array, tuple[Pair, ...], Any]:
   """See `interface.py`."""
   low = _factor_dtype(u, D)
   drive_BLcP = _product("blh,cph->blcp", u, jnp.stack(B), low, D.dtype)
   y_BLH = D * u
   states, lasts = [], []
-  for k, (C_k, x0_k) in enumerate(zip(_output_matrices(C, len(a)), _starts(x0, a), strict=True)):
+  for k, C_k in enumerate(_output_matrices(C, len(a))):
     v_BLcP = _times(scale[k], drive_BLcP)
-    x_BLcP, last_BP = loop.scan(a[k], v_BLcP, x0_k, reverse=reverses[k])
+    x_BLcP, last_BP = loop.scan(a[k], v_BLcP, loop.native(x0[k]), reverse=reverses[k])
     y_BLH = _product("blcp,chp->blh", x_BLcP, C_k, low, D.dtype) + y_BLH
     states.append(x_BLcP)
-    lasts.append(last_BP)
+    lasts.append(loop.parts(last_BP))
   # The product with B is needed again only for the gradient of a scale.
   saved = (None if all(s is None for s in scale) else drive_BLcP, tuple(states))
-  return y_BLH.astype(u.dtype), loop.parts(lasts[0]), saved
+  return y_BLH.astype(u.dtype), tuple(lasts), saved
 
 
 def backward(
@@ -53,9 +53,9 @@ def backward(
   B: Pair,
   C: Pair,
   D: jax.Array,
-  x0: Pair,
+  x0: tuple[Pair, ...],
   dy: jax.Array,
-  dx_last: Pair,
+  dx_last: tuple[Pair, ...],
   *,
   reverses: tuple[bool, ...],
 ) -> tuple[Any, ...]:
@@ -69,12 +69,11 @@ def backward(
   dC: list[jax.Array] = []
   ddrives: list[jax.Array] = []
   dx0s: list[Pair] = []
-  starts, ends = _starts(x0, a), _starts(dx_last, a)
   for k, C_k in enumerate(_output_matrices(C, len(a))):
     dC.append(_product("blh,blcp->chp", dy, states[k], low, dtype))
     dx_BLcP = _product("blh,chp->blcp", dy, C_k, low, dtype)
     da_k, dv_BLcP, dx0_k = loop.adjoint(
-      a[k], states[k], starts[k], dx_BLcP, ends[k], reverse=reverses[k]
+      a[k], states[k], loop.native(x0[k]), dx_BLcP, loop.native(dx_last[k]), reverse=reverses[k]
     )
     da.append(da_k)
     dx0s.append(loop.parts(dx0_k))
@@ -98,8 +97,22 @@ def backward(
     (dB_cPH[0], dB_cPH[1]),
     (dC_cHP[0], -dC_cHP[1]),
     jnp.einsum("blh,blh->h", dy.astype(dtype), u.astype(dtype)),
-    dx0s[0],
+    tuple(dx0s),
   )
+
+
+def drives(u: jax.Array, scale: tuple[Pair | None, ...], B: Pair) -> list[Pair]:
+  """What drives the states of each direction, pairs of (B, L, P)."""
+  dtype = B[0].dtype
+  drive_BLcP = _product("blh,cph->blcp", u, jnp.stack(B), _factor_dtype(u, B[0]), dtype)
+  return [loop.parts(loop.native(_times(scale_k, drive_BLcP))) for scale_k in scale]
+
+
+def slopes(dy: jax.Array, C: Pair) -> list[Pair]:
+  """The gradients of the states of each direction by way of y, for C of (H, directions, P)."""
+  both, low = jnp.stack([C[0], -C[1]]), _factor_dtype(dy, C[0])
+  found = _product("blh,chdp->dblcp", dy, both, low, C[0].dtype)
+  return [loop.parts(loop.native(x_BLcP)) for x_BLcP in found]
 
 
 def _factor_dtype(u: jax.Array, D: jax.Array) -> jnp.dtype:
@@ -122,9 +135,3 @@ def _times(scale: Pair | None, x_BLcP: jax.Array) -> jax.Array:
   if scale is None:
     return x_BLcP
   return jnp.stack(loop.parts(loop.native(scale) * loop.native(x_BLcP)), axis=2)
-
-
-def _starts(x0: Pair, a: tuple[Pair, ...]) -> list[jax.Array]:
-  """The first direction starts from x0, the second from zero (and so for gradients)."""
-  first = loop.native(x0)
-  return [first, jnp.zeros_like(first)][: len(a)]

@@ -314,4 +314,5 @@ def test_errors_name_the_operand():
     s5_apply(u.astype(jnp.int32), a, B, C, D)
   with pytest.raises(ValueError, match="implementation='fused': unknown; available here: xla"):
     s5_apply(u, a, B, C, D, implementation="fused")
-  assert set(dispatch.choose(interface.IMPLEMENTATIONS, None, u)) == set(dispatch.PLATFORMS)
+  # Eight devices and no mesh: XLA may have to cut the operands, so that no kernel is chosen.
+  assert set(dispatch.choose(interface.IMPLEMENTATIONS, None, u).values()) == {"xla"}

@@ -1,4 +1,5 @@
-"""Operands sharded over batch, states or time give the results of one device.
+"""Operands sharded over batch, states or time give the results of one device, by XLA's partitioning
+and with the axes known.
 
 The eight CPU devices come from `tests/conftest.py`.
 """
@@ -13,7 +14,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.kernels import linear_scan, s5_apply
+from models.kernels import dispatch, linear_scan, s5_apply
+from models.kernels.linear_scan import interface
 
 # Sizes tell the axes apart.
 BATCH, LENGTH, WIDTH, STATES = 8, 40, 24, 16
@@ -44,8 +46,8 @@ def scan_problem(*decay_shape):
 
 
 def s5_problem():
-  def apply(u, a, scale, B, C, D, x0):
-    return s5_apply(u, a, B, C, D, x0, scale=scale, bidirectional=True)
+  def apply(u, a, scale, B, C, D, x0, **options):
+    return s5_apply(u, a, B, C, D, x0, scale=scale, bidirectional=True, **options)
 
   operands = (
     random(0, BATCH, LENGTH, WIDTH),
@@ -72,10 +74,11 @@ def with_gradients(function, *operands):
   return results, pullback(jax.tree.map(jnp.cos, results))
 
 
-def mesh():
+def mesh(kind=AxisType.Auto, **sizes):
   if jax.device_count() < 8:
     pytest.skip("needs eight devices")
-  return jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+  sizes = sizes or {"x": 8}
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
 
 
 def assert_same(got, expected):
@@ -110,3 +113,91 @@ def test_shard_map_over_batch():
   )
   got = jax.jit(partial(with_gradients, mapped))(*operands)
   assert_same(got, jax.jit(partial(with_gradients, function))(*operands))
+
+
+SPECS = [
+  P(("x", "y")),  # the batch over both axes
+  P(None, "x", "y"),
+  P("x", ("y", "z"), None),
+  P("x", "y", "z"),
+]
+CUT = {"x": 2, "y": 2, "z": 2}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_known_axes(problem, spec):
+  function, operands = PROBLEMS[problem]
+  expected = jax.jit(partial(with_gradients, function))(*operands)
+  with jax.set_mesh(mesh(**CUT)):
+    run = jax.jit(partial(with_gradients, partial(function, spec=spec)))
+    assert_same(run(*operands), expected)
+
+
+@pytest.mark.parametrize("problem", ["per step", "s5"])
+def test_kernels_on_a_mesh(problem):
+  """Interpreted, with every axis cut; reversed, which passes states on the other way."""
+  function, operands = PROBLEMS[problem]
+  options = {"reverse": True} if problem == "per step" else {}
+  expected = jax.jit(partial(with_gradients, partial(function, **options)))(*operands)
+  options |= {"spec": P("x", "y", "z"), "implementation": "pallas_tpu_interpreted"}
+  with jax.set_mesh(mesh(**CUT)):
+    assert_same(jax.jit(partial(with_gradients, partial(function, **options)))(*operands), expected)
+
+
+@pytest.mark.parametrize("axis", ["batch", "length"])
+def test_what_is_exchanged(axis):
+  """Over the batch gradients' sums, over time a state for each part, and no sequence."""
+  function, operands = PROBLEMS["constant"]
+  spec = P("x") if axis == "batch" else P(None, "x")
+  names = jax.tree.map(lambda x: P(*("x" if n in SIZES[axis] else None for n in x.shape)), operands)
+  sharded = jax.device_put(operands, jax.tree.map(partial(NamedSharding, mesh()), names))
+  with jax.set_mesh(mesh()):
+    run = jax.jit(partial(with_gradients, partial(function, spec=spec)))
+    text = run.lower(*sharded).compile().as_text()
+  moved = re.findall(r"= \(?\w+\[([\d,]*)\].* (all-gather|all-to-all|collective-permute)\(", text)
+  assert bool(moved) == (axis == "length")
+  assert all(
+    np.prod([int(n) for n in shape.split(",")]) <= 8 * BATCH * STATES for shape, _ in moved
+  )
+
+
+def test_explicit_axes_are_found():
+  function, (a, b, h0) = PROBLEMS["per step"]
+  expected = jax.jit(partial(with_gradients, function))(a, b, h0)
+  with jax.set_mesh(mesh(AxisType.Explicit, **CUT)):
+    b = jax.device_put(b, P("x", "y", "z"))
+    (y, h_last), gradients = jax.jit(partial(with_gradients, function))(a, b, h0)
+    assert jax.typeof(y[0]).sharding.spec == P("x", "y", "z")
+    assert jax.typeof(h_last[0]).sharding.spec == P("x", "z")
+    assert_same(((y, h_last), gradients), expected)
+
+
+def test_axes_that_do_not_divide_and_axes_that_are_not_there():
+  function, operands = PROBLEMS["constant"]
+  with jax.set_mesh(mesh()):
+    assert_same(function(*operands, spec=P(None, None, "x")), function(*operands))
+    odd = jax.tree.map(lambda x: x[..., :13], operands)
+    assert_same(function(*odd, spec=P(None, None, "x")), function(*odd))
+    with pytest.raises(
+      ValueError, match=r"spec of linear_scan: y; accepted: axes of the mesh \(x\)"
+    ):
+      function(*operands, spec=P("y"))
+  with pytest.raises(ValueError, match="no mesh is current"):
+    function(*operands, spec=P("x"))
+
+
+def test_kernels_are_chosen_where_devices_have_their_parts():
+  b = jnp.ones((8, 16, 4))
+  chosen = []
+
+  def part(b):
+    a, h0 = jnp.ones(4), jnp.ones((len(b), 4))
+    chosen.append(dispatch.choose(interface.IMPLEMENTATIONS, None, (a,), (b,), (h0,))["tpu"])
+    return b
+
+  part(b)
+  with jax.set_mesh(mesh()):
+    part(b)
+    jax.shard_map(part, in_specs=P("x"), out_specs=P("x"))(b)
+  assert chosen == ["xla", "xla", "pallas_tpu"]
