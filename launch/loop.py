@@ -30,7 +30,7 @@ RECORDS = 100  # training metrics are written about this often in a stage
 READ_S = 0.3  # and brought to the host about this often, in seconds
 RETRY_S = 30.0  # a checkpoint that could not be written is tried again this often
 PATIENCE_S = 600.0  # and at the end of a stage for this long
-GRACE_S = 10.0  # or, told to stop, four times in this; what preempts gives 30 seconds or so
+STOPPING_S = 10.0  # or, told to stop, four times in this; what preempts gives 30 seconds or so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +227,7 @@ class _Run:
       if saves:
         self.save()
       if signalled:
-        self.settle(GRACE_S)
+        self.settle(STOPPING_S)
         raise Stopped(self.label, self.step, signalled)
     self.settle(PATIENCE_S)
     self.wall_s = time.monotonic() - self.began
@@ -243,7 +243,7 @@ class _Run:
       if processes.count() > 1:  # the others are not here to save with
         raise TrainingError(f"{what}; {self.kept()}") from error
       self.save()
-      self.settle(GRACE_S)
+      self.settle(STOPPING_S)
       raise TrainingError(
         f"{what}; saved at step {self.step}: when the data is back, the same command goes on"
         " from there"
