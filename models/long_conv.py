@@ -10,6 +10,10 @@ the dtype of `u`; kernels and FFTs are float32. Of their variables `params` are 
 holds what is drawn or computed at init and never again: the norms Z of the initial kernels, and
 fixed random decays. It belongs in the checkpoint.
 
+With one direction they stream, see `models.mixers`. The state is the inputs that later outputs see,
+one fewer than the kernel has taps, and each chunk is convolved together with all of them: chunks
+should not be much shorter than the kernel, unless they are single samples, which need no FFT.
+
 At init a kernel is built over the whole `max_length`, and Z is its norm over all positions. For a
 sequence of length L it is cut to its first L taps, or is zero beyond its end; Z stays what it is.
 """
@@ -21,6 +25,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from models import mixers
 from models.kernels import long_conv
 
 DECAYS = ("scale", "position", "learnable")
@@ -151,7 +156,64 @@ def permuted_cosines(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.floa
   return jnp.broadcast_to(w_SHd[:, None], (scales, kernels, features, size))
 
 
-class SGConv(nn.Module):
+class _Convolution(nn.Module):
+  """The convolution of `u_BLH` with the kernel and the skip D that a layer's `_kernel` makes."""
+
+  def __call__(
+    self: Any,
+    u_BLH: jax.Array,
+    *,
+    dt: jax.Array | None = None,
+    step_rescale: float | jax.Array = 1.0,
+  ) -> jax.Array:
+    """The layer's output.
+
+    Args:
+      u_BLH: inputs, floating point, of any length.
+      dt: only None: a convolution has one kernel for all steps.
+      step_rescale: only 1: the kernel is one of positions, not of time.
+    """
+    mixers.refuse_sampling(self, dt, step_rescale)
+    kernel, d_H = self._kernel(u_BLH.shape[-1])
+    k_CHT = kernel(u_BLH.shape[1])
+    return long_conv(
+      u_BLH,
+      k_CHT[0],
+      d_H,
+      k_backward=k_CHT[1] if self.bidirectional else None,
+      implementation=self.implementation,
+    )
+
+  def extend(
+    self: Any,
+    state_BSH: jax.Array,
+    u_BLH: jax.Array,
+    *,
+    dt: jax.Array | None = None,
+    step_rescale: float | jax.Array = 1.0,
+  ) -> tuple[jax.Array, jax.Array]:
+    """State and outputs after a further chunk, see `models.mixers`; ValueError if bidirectional."""
+    mixers.refuse_sampling(self, dt, step_rescale)
+    mixers.refuse_bidirectional(self)
+    kernel, d_H = self._kernel(u_BLH.shape[-1])
+    k_HT = kernel(None)[0]
+    past, length = state_BSH.shape[1], u_BLH.shape[1]
+    window_BTH = jnp.concatenate([state_BSH, u_BLH.astype(state_BSH.dtype)], axis=1)
+    if length == 1:  # one position's products, in place of an FFT of all
+      y_BLH = (window_BTH * k_HT[:, ::-1].T).sum(1, keepdims=True) + d_H * u_BLH
+    else:
+      y_BTH = long_conv(window_BTH, k_HT, d_H, implementation=self.implementation)
+      y_BLH = y_BTH[:, past:]
+    return window_BTH[:, length:], y_BLH.astype(u_BLH.dtype)
+
+  step = mixers.step
+
+  def initial_state(self: Any, batch: int, features: int) -> jax.Array:
+    """Zeros (batch, taps - 1, features) float32: the inputs that later outputs see."""
+    return jnp.zeros((batch, self.reach - 1, features))
+
+
+class SGConv(_Convolution):
   """Convolution with a kernel of sub-kernels at dyadic scales (arXiv:2210.09298, section 3.1).
 
   k = Z^-1 concat_i(m^-i Up(w_i)), y = k * u + D u, for each feature. The sum of S d parameters a
@@ -188,22 +250,20 @@ class SGConv(nn.Module):
   bidirectional: bool = False
   implementation: str | None = None
 
+  @property
+  def reach(self) -> int:
+    """The number of taps."""
+    scales = number_of_scales(self.kernel_dim, self.max_length, self.init_scale)
+    return self.kernel_dim << self.init_scale + scales - 1
+
   @nn.compact
-  def __call__(
-    self,
-    u_BLH: jax.Array,
-    *,
-    dt: jax.Array | None = None,
-    step_rescale: float | jax.Array = 1.0,
-  ) -> jax.Array:
-    """The layer's output; `dt` and `step_rescale` are there to be refused, see `DenseConv`."""
+  def _kernel(self, features: int) -> tuple[Callable[[int | None], jax.Array], jax.Array]:
     _check("decay", self.decay, DECAYS)
     _check("kernel_init", self.kernel_init, KERNEL_INITS)
-    features = u_BLH.shape[-1]
     scales = number_of_scales(self.kernel_dim, self.max_length, self.init_scale)
     init = permuted_cosines if self.kernel_init == "cos" else nn.initializers.normal(1.0)
     shape = (scales, 2 if self.bidirectional else 1, features, self.kernel_dim)
-    w_SCHd = _parameter(self, "sub_kernels", init, shape, (None, None, "embed", None))
+    w_SCHd = mixers.parameter(self, "sub_kernels", init, shape, (None, None, "embed", None))
     if self.decay == "scale":
       m_H, t_H = jnp.linspace(self.decay_min, self.decay_max, features), None
     else:
@@ -219,7 +279,7 @@ class SGConv(nn.Module):
       )
       return k_CHT if t_H is None else k_CHT * positional_decay(k_CHT.shape[-1], t_H)
 
-    return _convolve(self, kernel, u_BLH, dt, step_rescale)
+    return _normalised(self, kernel, features)
 
   def _exponents(self, features: int) -> jax.Array:
     """t (H,), uniform between the bounds."""
@@ -228,11 +288,11 @@ class SGConv(nn.Module):
       return jax.random.uniform(key, shape, jnp.float32, self.decay_min, self.decay_max)
 
     if self.decay == "learnable":
-      return _parameter(self, "exponent", draw, (features,), ("embed",))
+      return mixers.parameter(self, "exponent", draw, (features,), ("embed",))
     return _frozen(self, "exponent", lambda: draw(self.make_rng("params"), (features,)), ("embed",))
 
 
-class DenseConv(nn.Module):
+class DenseConv(_Convolution):
   """Convolution with a free tap for every lag, y = k * u + D u, for each feature.
 
   k_j = Z^-1 w_j (j+1)^-t with w_j ~ N(0, 1) at init: the same norm one, the same envelope and the
@@ -252,24 +312,17 @@ class DenseConv(nn.Module):
   bidirectional: bool = False
   implementation: str | None = None
 
-  @nn.compact
-  def __call__(
-    self,
-    u_BLH: jax.Array,
-    *,
-    dt: jax.Array | None = None,
-    step_rescale: float | jax.Array = 1.0,
-  ) -> jax.Array:
-    """The layer's output.
+  @property
+  def reach(self) -> int:
+    """The number of taps."""
+    return self.max_length
 
-    Args:
-      u_BLH: inputs, floating point, of any length.
-      dt: only None: a convolution has one kernel for all steps.
-      step_rescale: only 1: the kernel is one of positions, not of time.
-    """
-    features = u_BLH.shape[-1]
+  @nn.compact
+  def _kernel(self, features: int) -> tuple[Callable[[int | None], jax.Array], jax.Array]:
     shape = (2 if self.bidirectional else 1, features, self.max_length)
-    w_CHT = _parameter(self, "taps", nn.initializers.normal(1.0), shape, (None, "embed", None))
+    w_CHT = mixers.parameter(
+      self, "taps", nn.initializers.normal(1.0), shape, (None, "embed", None)
+    )
 
     def kernel(length: int | None) -> jax.Array:
       k_CHT = w_CHT[..., :length]
@@ -277,46 +330,24 @@ class DenseConv(nn.Module):
         return k_CHT
       return k_CHT * positional_decay(k_CHT.shape[-1], jnp.full(1, self.decay))
 
-    return _convolve(self, kernel, u_BLH, dt, step_rescale)
+    return _normalised(self, kernel, features)
 
 
-def _convolve(
-  layer: Any,
-  kernel: Callable[[int | None], jax.Array],
-  u_BLH: jax.Array,
-  dt: jax.Array | None,
-  step_rescale: float | jax.Array,
-) -> jax.Array:
-  """What follows the kernel in both layers: the frozen norm, D and the convolution.
+def _normalised(
+  layer: Any, kernel: Callable[[int | None], jax.Array], features: int
+) -> tuple[Callable[[int | None], jax.Array], jax.Array]:
+  """What both layers end with: the kernel divided by its frozen norm, and D (H,).
 
   `kernel(length)` gives the first taps k_CHT, or all for None.
   """
-  name = type(layer).__name__
-  if dt is not None:
-    raise ValueError(f"dt: given; {name} accepts only None (regular sampling)")
-  if not isinstance(step_rescale, int | float) or step_rescale != 1:
-    raise ValueError(f"step_rescale={step_rescale}; {name} accepts only 1")
   norm_CH1 = _frozen(
     layer,
     "norm",
     lambda: jnp.linalg.norm(kernel(None), axis=-1, keepdims=True),
     (None, "embed", None),
   )
-  d_H = _parameter(layer, "D", nn.initializers.normal(1.0), (u_BLH.shape[-1],), ("embed",))
-  k_CHT = kernel(u_BLH.shape[1]) / norm_CH1
-  return long_conv(
-    u_BLH,
-    k_CHT[0],
-    d_H,
-    k_backward=k_CHT[1] if layer.bidirectional else None,
-    implementation=layer.implementation,
-  )
-
-
-def _parameter(
-  layer: nn.Module, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]
-) -> Any:
-  return layer.param(name, nn.with_logical_partitioning(init, axes), shape)
+  d_H = mixers.parameter(layer, "D", nn.initializers.normal(1.0), (features,), ("embed",))
+  return lambda length: kernel(length) / norm_CH1, d_H
 
 
 def _frozen(

@@ -1,8 +1,8 @@
 """Residual stacks of sequence mixers: block, encoder; heads for sequences, positions and frames.
 
 The network of S5 (arXiv:2208.04933 and its released code, layers.py and seq_model.py), which serves
-any mixer: a module called `mixer(u_BLH, *, dt=None, step_rescale=1.0) -> y_BLH`, such
-as `ssm.S5`, `ssm.S4D`, `long_conv.SGConv` and `recurrent.GRU`. For example
+any mixer: a module called `mixer(u_BLH, *, dt=None, step_rescale=1.0) -> y_BLH`, such as `ssm.S5`,
+`ssm.S4D`, `long_conv.SGConv`, `recurrent.LRU`, `recurrent.RGLRU` and `recurrent.GRU`. For example
 
     block = functools.partial(Block, mixer=functools.partial(ssm.S5, state=16, blocks=8))
     model = Classifier(Encoder(block, features=128, layers=8, vocab=20), classes=10)
@@ -14,6 +14,9 @@ Padding: given `lengths`, inputs beyond them are zeroed after the encoder's line
 each mixer, and take no part in BatchNorm's statistics or in pooling, so that the logits do not
 depend on the amount of padding. The released code instead feeds the pad symbol to the encoder: pads
 enter its statistics, and the states that real tokens see from behind.
+
+Where every mixer streams (see `models.mixers`), so do the encoder and the heads with an output a
+position: `extend` and `step` take `state = model.initial_state(batch)`.
 
 Parameters and statistics are float32; `dtype` is that of activations. Under an outer `vmap` over
 seeds, statistics are of one seed.
@@ -27,6 +30,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from models import mixers
 from models.attention import dense
 
 ACTIVATIONS = ("half_glu1", "half_glu2", "full_glu", "gelu")
@@ -168,7 +172,6 @@ class Block(nn.Module):
   linear_init: str = "lecun"
   dtype: Any = jnp.float32
 
-  @nn.compact
   def __call__(
     self,
     x_BLH: jax.Array,
@@ -186,12 +189,41 @@ class Block(nn.Module):
       dt, step_rescale: for the mixer.
       train: draws dropout masks, and normalises by the statistics of the batch.
     """
+    return self._map(None, x_BLH, mask, train, dt=dt, step_rescale=step_rescale)[1]
+
+  def extend(
+    self,
+    state: Any,
+    x_BLH: jax.Array,
+    *,
+    dt: jax.Array | None = None,
+    step_rescale: float | jax.Array = 1.0,
+  ) -> tuple[Any, jax.Array]:
+    """State of the mixer and outputs after a further chunk, see `models.mixers`."""
+    return self._map(state, x_BLH, None, False, dt=dt, step_rescale=step_rescale)
+
+  step = mixers.step
+
+  def initial_state(self, batch: int, features: int) -> Any:
+    """That of the mixer. Raises: ValueError for a mixer that does not stream."""
+    mixer: Any = self.mixer(parent=None)
+    if not hasattr(mixer, "extend"):
+      raise ValueError(f"mixer: {type(mixer).__name__}; accepted: one with `extend`, to stream")
+    return mixer.initial_state(batch, features)
+
+  @nn.compact
+  def _map(
+    self, state: Any, x_BLH: jax.Array, mask: jax.Array | None, train: bool, **sampling: Any
+  ) -> tuple[Any, jax.Array]:
     x_BLH = x_BLH.astype(self.dtype)
     y_BLH = self._normalise(x_BLH, mask, train) if self.prenorm else x_BLH
-    mixer = self.mixer(name="mixer")
-    y_BLH = mixer(zero_padding(y_BLH, mask), dt=dt, step_rescale=step_rescale)
+    mixer: Any = self.mixer(name="mixer")
+    if state is None:
+      y_BLH = mixer(zero_padding(y_BLH, mask), **sampling)
+    else:
+      state, y_BLH = mixer.extend(state, y_BLH, **sampling)
     x_BLH = x_BLH + self._activate(y_BLH, train)
-    return x_BLH if self.prenorm else self._normalise(x_BLH, mask, train)
+    return state, x_BLH if self.prenorm else self._normalise(x_BLH, mask, train)
 
   def _normalise(self, x_BLH: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
     fields = {"kind": self.norm, "momentum": self.momentum, "dtype": self.dtype}
@@ -279,7 +311,6 @@ class Encoder(nn.Module):
   remat: bool = False
   dtype: Any = jnp.float32
 
-  @nn.compact
   def __call__(
     self,
     inputs: jax.Array,
@@ -300,6 +331,37 @@ class Encoder(nn.Module):
 
     Raises: ValueError where `inputs` are neither, and for int inputs without `vocab`.
     """
+    return self._map(None, inputs, lengths, train, dt=dt, step_rescale=step_rescale)[1]
+
+  def extend(
+    self,
+    state: Any,
+    inputs: jax.Array,
+    *,
+    dt: jax.Array | None = None,
+    step_rescale: float | jax.Array = 1.0,
+  ) -> tuple[Any, jax.Array]:
+    """State, a tuple of the blocks', and features after a further chunk, see `models.mixers`."""
+    return self._map(state, inputs, None, False, dt=dt, step_rescale=step_rescale)
+
+  step = mixers.step
+
+  def initial_state(self, batch: int) -> Any:
+    """That of each block. Raises: ValueError for a mixer that does not stream."""
+    block: Any = self.block(dtype=self.dtype, parent=None)
+    return tuple(block.initial_state(batch, self.features) for _ in range(self.layers))
+
+  @nn.compact
+  def _map(
+    self,
+    state: Any,
+    inputs: jax.Array,
+    lengths: jax.Array | None,
+    train: bool,
+    *,
+    dt: jax.Array | None,
+    step_rescale: float | jax.Array,
+  ) -> tuple[Any, jax.Array]:
     if jnp.issubdtype(inputs.dtype, jnp.integer) and inputs.ndim == 2:
       if self.vocab is None:
         raise ValueError(f"vocab=None: inputs are {inputs.dtype} tokens; accepted: their number")
@@ -317,33 +379,52 @@ class Encoder(nn.Module):
       # The gap behind the last sample is not to depend on whether padding follows it.
       dt = jnp.where(mask, dt, 1)
 
-    def apply(block: nn.Module, x_BLH: jax.Array) -> jax.Array:
+    def apply(block: Any, x_BLH: jax.Array) -> jax.Array:
       return block(x_BLH, mask=mask, dt=dt, step_rescale=step_rescale, train=train)
 
     if self.remat:
       apply = nn.remat(apply)
     x_BLH = nn.with_logical_constraint(zero_padding(x_BLH, mask), ACTIVATION_AXES)
+    states = []
     for i in range(self.layers):
-      x_BLH = apply(self.block(dtype=self.dtype, name=f"layer_{i}"), x_BLH)
+      block: Any = self.block(dtype=self.dtype, name=f"layer_{i}")
+      if state is None:
+        x_BLH = apply(block, x_BLH)
+      else:
+        last, x_BLH = block.extend(state[i], x_BLH, dt=dt, step_rescale=step_rescale)
+        states.append(last)
       x_BLH = nn.with_logical_constraint(x_BLH, ACTIVATION_AXES)
     if self.final_norm is None:
-      return x_BLH
+      return tuple(states), x_BLH
     fields = {"kind": self.final_norm, "momentum": self.momentum, "dtype": self.dtype}
-    return normalise(x_BLH, mask, train, **fields)
+    return tuple(states), normalise(x_BLH, mask, train, **fields)
 
 
 class LanguageModel(nn.Module):
   """The next token at every position: encoder (causal, over tokens) and linear decoder."""
 
-  encoder: nn.Module
+  encoder: Encoder
   vocab: int
 
-  @nn.compact
   def __call__(
     self, inputs: jax.Array, *, lengths: jax.Array | None = None, train: bool = False
   ) -> jax.Array:
     """Logits (B, L, vocab), float32, of int tokens (B, L); arguments as for `Encoder`."""
-    x_BLH = self.encoder(inputs, lengths=lengths, train=train)
+    return self._decode(self.encoder(inputs, lengths=lengths, train=train))
+
+  def extend(self, state: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
+    """State of the encoder and logits after a further chunk of tokens, see `models.mixers`."""
+    state, x_BLH = self.encoder.extend(state, inputs)
+    return state, self._decode(x_BLH)
+
+  step = mixers.step
+
+  def initial_state(self, batch: int) -> Any:
+    """That of the encoder."""
+    return self.encoder.initial_state(batch)
+
+  @nn.compact
+  def _decode(self, x_BLH: jax.Array) -> jax.Array:
     return dense(self.vocab, ("embed", "vocab"), name="decoder")(x_BLH).astype(jnp.float32)
 
 
@@ -374,6 +455,10 @@ class Classifier(nn.Module):
     x_BLH = self.encoder(inputs, lengths=lengths, dt=dt, step_rescale=step_rescale, train=train)
     pooled_BH = pool(x_BLH, lengths, self.pooling)
     return dense(self.classes, ("embed", "vocab"), name="decoder")(pooled_BH)
+
+  def initial_state(self, batch: int) -> Any:
+    """Raises ValueError: a label is of the whole sequence."""
+    raise ValueError(f"pooling={self.pooling!r}: one label a sequence; accepted: none, to stream")
 
 
 class Retrieval(nn.Module):
@@ -476,13 +561,12 @@ class FrameRegressor(nn.Module):
     convolutional: as for `FrameEncoder`.
   """
 
-  encoder: nn.Module
+  encoder: Encoder
   outputs: int
   gaps: str = "ssm"
   hidden: int = 30
   convolutional: bool = True
 
-  @nn.compact
   def __call__(
     self,
     frames: jax.Array,
@@ -499,6 +583,30 @@ class FrameRegressor(nn.Module):
       dt: (B, L) gaps t_k - t_{k-1}, dt_0 = 1; needed unless `gaps` is "ignore".
       lengths, step_rescale, train: as for `Encoder`.
     """
+    fields = {"lengths": lengths, "step_rescale": step_rescale, "train": train}
+    return self._map(None, frames, dt, **fields)[1]
+
+  def extend(
+    self,
+    state: Any,
+    frames: jax.Array,
+    *,
+    dt: jax.Array | None = None,
+    step_rescale: float | jax.Array = 1.0,
+  ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    """State of the encoder, and mean and variance of further frames, see `models.mixers`."""
+    return self._map(state, frames, dt, step_rescale=step_rescale)
+
+  step = mixers.step
+
+  def initial_state(self, batch: int) -> Any:
+    """That of the encoder."""
+    return self.encoder.initial_state(batch)
+
+  @nn.compact
+  def _map(
+    self, state: Any, frames: jax.Array, dt: jax.Array | None, **fields: Any
+  ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
     if self.gaps not in GAPS:
       raise ValueError(f"gaps={self.gaps!r}; accepted: {', '.join(GAPS)}")
     if dt is None and self.gaps != "ignore":
@@ -506,19 +614,18 @@ class FrameRegressor(nn.Module):
     x_BLK = FrameEncoder(self.hidden, self.convolutional, name="frames")(frames)
     if self.gaps == "append" and dt is not None:
       x_BLK = jnp.concatenate([x_BLK, dt[..., None].astype(x_BLK.dtype)], axis=-1)
-    x_BLH = self.encoder(
-      x_BLK,
-      lengths=lengths,
-      dt=dt if self.gaps == "ssm" else None,
-      step_rescale=step_rescale,
-      train=train,
-    ).astype(jnp.float32)
+    fields["dt"] = dt if self.gaps == "ssm" else None
+    if state is None:
+      x_BLH = self.encoder(x_BLK, **fields)
+    else:
+      state, x_BLH = self.encoder.extend(state, x_BLK, **fields)
+    x_BLH = x_BLH.astype(jnp.float32)
 
     def head(name: str) -> jax.Array:
       hidden_BLK = nn.tanh(dense(self.hidden, ("embed", "mlp"), name=f"{name}_hidden")(x_BLH))
       return dense(self.outputs, ("mlp", "vocab"), name=name)(hidden_BLK)
 
-    return head("mean"), positive(head("variance"))
+    return state, (head("mean"), positive(head("variance")))
 
 
 def positive(v: jax.Array) -> jax.Array:

@@ -4,7 +4,8 @@ S5: Smith, Warrington and Linderman, arXiv:2208.04933. S4D: Gu, Goel, Gupta and 
 arXiv:2206.11893.
 
 Complex numbers are pairs (re, im) of float32 arrays throughout. Both layers are mixers: they are
-called `mixer(u_BLH, *, dt=None, step_rescale=1.0)` and return `y_BLH` in the dtype of `u`.
+called `mixer(u_BLH, *, dt=None, step_rescale=1.0)` and return `y_BLH` in the dtype of `u`. With one
+direction they stream, see `models.mixers`.
 """
 
 import functools
@@ -18,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from models.kernels import long_conv, s5_apply
+from models import mixers
+from models.kernels import linear_scan, long_conv, s5_apply
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -235,6 +237,34 @@ class S5(nn.Module):
         the learnt step sizes.
       step_rescale: multiplies all step sizes: 2 for a sequence sampled at half the training rate.
     """
+    return self._map(None, u_BLH, dt, step_rescale)[1]
+
+  def extend(
+    self,
+    state: Pair,
+    u_BLH: jax.Array,
+    *,
+    dt: jax.Array | None = None,
+    step_rescale: float | jax.Array = 1.0,
+  ) -> tuple[Pair, jax.Array]:
+    """State and outputs after a further chunk, see `models.mixers`; ValueError if bidirectional."""
+    mixers.refuse_bidirectional(self)
+    return self._map(state, u_BLH, dt, step_rescale)
+
+  step = mixers.step
+
+  def initial_state(self, batch: int, features: int | None = None) -> Pair:
+    """Zeros: (re, im), each (batch, Ph) float32, whatever the `features`."""
+    del features
+    return jnp.zeros((batch, self.stored)), jnp.zeros((batch, self.stored))
+
+  def _map(
+    self,
+    state: Pair | None,
+    u_BLH: jax.Array,
+    dt: jax.Array | None,
+    step_rescale: float | jax.Array,
+  ) -> tuple[Pair, jax.Array]:
     lam_P, b_PH, c_HP, d_H, step_P = self._parameters(u_BLH.shape[-1])
     discretize = DISCRETIZATIONS[self.discretization]
     step_P = step_P * step_rescale
@@ -247,61 +277,20 @@ class S5(nn.Module):
         # Seen from the end, the gap before a sample is the one after it.
         gaps_BL = jnp.concatenate([dt[:, 1:], jnp.ones_like(dt[:, :1])], axis=1)
         a_reverse, scale_reverse = discretize(lam_P, gaps_BL[..., None] * step_P)
-    y_BLH, _ = s5_apply(
-      u_BLH,
-      a,
-      b_PH,
-      c_HP,
-      d_H,
-      scale=scale,
-      bidirectional=self.bidirectional,
-      a_reverse=a_reverse,
-      scale_reverse=scale_reverse,
-      implementation=self.implementation,
-    )
-    return y_BLH
-
-  def step(
-    self,
-    u_BH: jax.Array,
-    state: Pair,
-    *,
-    dt: jax.Array | None = None,
-    step_rescale: float | jax.Array = 1.0,
-  ) -> tuple[jax.Array, Pair]:
-    """One time step, for generation: `apply(variables, u_BH, state, method="step")`.
-
-    Args:
-      u_BH: the next input.
-      state: (re, im), each (B, Ph) float32; `initial_state` before the first step.
-      dt: (B,) gap since the last sample.
-
-    Returns: y_BH and the next state. Steps give the outputs of `__call__`.
-
-    Raises: ValueError for a bidirectional layer.
-    """
-    if self.bidirectional:
-      raise ValueError("bidirectional=True: no recurrent form; accepted: False")
-    lam_P, b_PH, c_HP, d_H, step_P = self._parameters(u_BH.shape[-1])
-    gaps = step_P * step_rescale
-    if dt is not None:
-      gaps = dt[:, None, None] * gaps
-    a, scale = DISCRETIZATIONS[self.discretization](lam_P, gaps)
     y_BLH, state = s5_apply(
-      u_BH[:, None],
+      u_BLH,
       a,
       b_PH,
       c_HP,
       d_H,
       state,
       scale=scale,
+      bidirectional=self.bidirectional,
+      a_reverse=a_reverse,
+      scale_reverse=scale_reverse,
       implementation=self.implementation,
     )
-    return y_BLH[:, 0], state
-
-  def initial_state(self, batch: int) -> Pair:
-    """Zeros: (re, im), each (batch, Ph) float32."""
-    return jnp.zeros((batch, self.stored)), jnp.zeros((batch, self.stored))
+    return state, y_BLH
 
   @nn.compact
   def _parameters(self, features: int) -> tuple[Pair, Pair, Pair, jax.Array, jax.Array]:
@@ -314,8 +303,7 @@ class S5(nn.Module):
     kept = stored // self.blocks
     lam_P, vectors = np.tile(lam_R[:kept], self.blocks), vectors[:, :kept]
 
-    def parameter(name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]):
-      return self.param(name, nn.with_logical_partitioning(init, axes), shape)
+    parameter = functools.partial(mixers.parameter, self)
 
     def constant(value: np.ndarray):
       return lambda key, shape: jnp.asarray(value, jnp.float32)
@@ -441,35 +429,34 @@ class S4D(nn.Module):
     future = kernels[1] if self.bidirectional else None
     return long_conv(u_BLH, kernels[0], d_H, k_backward=future)
 
-  def step(
+  def extend(
     self,
-    u_BH: jax.Array,
     state: Pair,
+    u_BLH: jax.Array,
     *,
     dt: jax.Array | None = None,
     step_rescale: float | jax.Array = 1.0,
-  ) -> tuple[jax.Array, Pair]:
-    """One time step of the recurrent form, as `S5.step`.
+  ) -> tuple[Pair, jax.Array]:
+    """As `S5.extend`, by the recurrence, which needs no equal gaps: `dt` is (B, L) or None.
 
-    Args:
-      u_BH: the next input.
-      state: (re, im), each (B, H, N/2) float32.
-      dt: (B,) gap since the last sample: the recurrent form has no need of equal gaps.
-
-    Returns: y_BH and the next state. Steps give the outputs of `__call__`.
+    The states of a chunk are kept, (B, L, H, N/2): short chunks need less memory.
     """
-    if self.bidirectional:
-      raise ValueError("bidirectional=True: no recurrent form; accepted: False")
-    lam_HN, (c_HN,), d_H, step_H1 = self._parameters(u_BH.shape[-1])
+    mixers.refuse_bidirectional(self)
+    lam_HN, (c_HN,), d_H, step_H1 = self._parameters(u_BLH.shape[-1])
     gaps = step_H1 * step_rescale
     if dt is not None:
-      gaps = dt[:, None, None] * gaps
+      gaps = dt[..., None, None] * gaps
     a, scale = zoh(lam_HN, gaps)
-    u_BH1 = u_BH[..., None]
-    re, im = _multiply(a, state)
-    re, im = re + scale[0] * u_BH1, im + scale[1] * u_BH1
-    y_BH = 2 * (c_HN[0] * re - c_HN[1] * im).sum(-1) + d_H * u_BH
-    return y_BH.astype(u_BH.dtype), (re, im)
+    u_BLH1 = u_BLH[..., None].astype(jnp.float32)
+    drive = scale[0] * u_BLH1, scale[1] * u_BLH1
+    flat = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1), (a, drive, state))
+    (re, im), state = jax.tree.map(
+      lambda x: x.reshape(*x.shape[:-1], *lam_HN[0].shape), linear_scan(*flat)
+    )
+    y_BLH = 2 * (c_HN[0] * re - c_HN[1] * im).sum(-1) + d_H * u_BLH
+    return state, y_BLH.astype(u_BLH.dtype)
+
+  step = mixers.step
 
   def initial_state(self, batch: int, features: int) -> Pair:
     """Zeros: (re, im), each (batch, features, N/2) float32."""
@@ -482,8 +469,7 @@ class S4D(nn.Module):
     eigenvalues = s4d_spectrum(self.spectrum, self.state)
     shape, axes = (features, self.state // 2), ("embed", "state")
 
-    def parameter(name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]):
-      return self.param(name, nn.with_logical_partitioning(init, axes), shape)
+    parameter = functools.partial(mixers.parameter, self)
 
     def constant(value: np.ndarray):
       return lambda key, shape: jnp.broadcast_to(jnp.asarray(value, jnp.float32), shape)

@@ -284,27 +284,6 @@ def test_s5_is_the_recurrence(name):
   np.testing.assert_allclose(irregular, recurrence(layer, p, u, GAPS, 2.0), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["plain", "bilinear", "clipped", "every state"])
-@pytest.mark.parametrize("irregular", [False, True])
-def test_s5_steps_are_the_scan(name, irregular):
-  layer, u = LAYERS[name], inputs()
-  variables = {"params": parameters(layer)}
-  dt = GAPS if irregular else None
-  whole = run(layer, parameters(layer), u, dt=dt, step_rescale=1.5)
-
-  @jax.jit
-  def step(u_BH, state, dt_B):
-    dt_B = dt_B if irregular else None
-    return layer.apply(variables, u_BH, state, dt=dt_B, step_rescale=1.5, method="step")
-
-  state = layer.initial_state(B)
-  for t in range(L):
-    y, state = step(u[:, t], state, GAPS[:, t])
-    np.testing.assert_allclose(y, whole[:, t], atol=1e-5)
-  assert state[0].shape == (B, layer.stored)
-  assert state[0].dtype == jnp.float32
-
-
 def test_s5_regular_gaps_are_no_gaps():
   for layer in (LAYERS["plain"], LAYERS["bidirectional"]):
     p = parameters(layer)
@@ -419,17 +398,6 @@ def test_s4d_is_its_convolution(spectrum, bidirectional):
   np.testing.assert_allclose(y, expected, atol=2e-5)
 
 
-def test_s4d_steps_are_the_convolution():
-  layer, u = ssm.S4D(8), inputs()
-  variables = {"params": parameters(layer)}
-  whole = run(layer, parameters(layer), u, step_rescale=2.0)
-  state = layer.initial_state(B, H)
-  step = jax.jit(lambda u, s: layer.apply(variables, u, s, step_rescale=2.0, method="step"))
-  for t in range(L):
-    y, state = step(u[:, t], state)
-    np.testing.assert_allclose(y, whole[:, t], atol=1e-5)
-
-
 # Both
 
 
@@ -450,8 +418,6 @@ def test_bidirectional_layers(layer):
   p = parameters(layer)
   gradient = jax.jit(jax.grad(lambda u: (run(layer, p, u)[:, 4] ** 2).sum()))(inputs())
   assert np.abs(gradient).min() > 1e-6
-  with pytest.raises(ValueError, match="bidirectional=True: no recurrent form"):
-    layer.apply({"params": p}, inputs()[:, 0], None, method="step")
 
 
 @pytest.mark.parametrize("layer", [ssm.S5(8, 2, bidirectional=True), ssm.S4D(8)])
