@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from models import mixers
-from models.kernels import linear_scan, s5_apply
+from models.kernels import linear_scan, partition, s5_apply
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -108,6 +108,7 @@ class LRU(nn.Module):
       d_H,
       state,
       scale=(scale_N, jnp.zeros_like(scale_N)),
+      spec=partition.named("batch", "length", "state"),
       implementation=self.implementation,
     )
     return state, y_BLH
@@ -224,7 +225,13 @@ class RGLRU(nn.Module):
     lambda_H = mixers.parameter(self, "Lambda", spread, (features,), ("mlp",))
     a_BLH, scale_BLH = gated_decay(gate("recurrence"), lambda_H, self.power)
     drive_BLH = scale_BLH * (gate("input") * u_BLH.astype(dtype))
-    y_BLH, state_BH = linear_scan(a_BLH, drive_BLH, state_BH, implementation=self.implementation)
+    y_BLH, state_BH = linear_scan(
+      a_BLH,
+      drive_BLH,
+      state_BH,
+      spec=partition.named("batch", "length", "mlp"),
+      implementation=self.implementation,
+    )
     return state_BH, y_BLH.astype(u_BLH.dtype)
 
   step = mixers.step

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from models import mixers
-from models.kernels import linear_scan, long_conv, s5_apply
+from models.kernels import linear_scan, long_conv, partition, s5_apply
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -288,6 +288,7 @@ class S5(nn.Module):
       bidirectional=self.bidirectional,
       a_reverse=a_reverse,
       scale_reverse=scale_reverse,
+      spec=partition.named("batch", "length", "state"),
       implementation=self.implementation,
     )
     return state, y_BLH

@@ -7,6 +7,7 @@ The eight CPU devices come from `tests/conftest.py`.
 import re
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +15,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from launch import mesh as meshes
 from models.kernels import dispatch, linear_scan, s5_apply
 from models.kernels.linear_scan import interface
+from models.recurrent import LRU, RGLRU
+from models.ssm import S5
 
 # Sizes tell the axes apart.
 BATCH, LENGTH, WIDTH, STATES = 8, 40, 24, 16
@@ -201,3 +205,20 @@ def test_kernels_are_chosen_where_devices_have_their_parts():
     part(b)
     jax.shard_map(part, in_specs=P("x"), out_specs=P("x"))(b)
   assert chosen == ["xla", "xla", "pallas_tpu"]
+
+
+@pytest.mark.parametrize(
+  "layer",
+  [S5(state=16, blocks=2), S5(state=16, bidirectional=True), LRU(8), RGLRU()],
+  ids=lambda layer: type(layer).__name__,
+)
+def test_layers_name_their_axes(layer):
+  """Under the rules of a mesh the sequence axis is used, and values and gradients are the same."""
+  u = random(0, 4, 16, 8)
+  params = nn.meta.unbox(layer.init(jax.random.key(0), u))
+  run = partial(with_gradients, lambda u, params: layer.apply(params, u))
+  expected = jax.jit(run)(u, params)
+  with meshes.use(meshes.make({"data": 2, "sequence": 2, "tensor": 2}), meshes.RULES):
+    compiled = jax.jit(run).lower(u, params).compile()
+    assert_same(compiled(u, params), expected)
+  assert "all-gather" in compiled.as_text()
