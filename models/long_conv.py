@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from models import mixers
-from models.kernels import long_conv
+from models.kernels import long_conv, partition
 
 DECAYS = ("scale", "position", "learnable")
 KERNEL_INITS = ("randn", "cos")
@@ -181,6 +181,7 @@ class _Convolution(nn.Module):
       k_CHT[0],
       d_H,
       k_backward=k_CHT[1] if self.bidirectional else None,
+      spec=partition.named("batch", "length", "embed"),
       implementation=self.implementation,
     )
 

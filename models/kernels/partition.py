@@ -37,7 +37,7 @@ class Axes(NamedTuple):
     return P(self.batch + self.length + self.channels)
 
 
-def find(name: str, spec: Sequence[Any] | None, x: jax.Array, sizes: Sequence[int]) -> Axes | None:
+def find(name: str, spec: P | None, x: jax.Array, sizes: Sequence[int]) -> Axes | None:
   """The axes of (batch, time, channels), of these sizes, on the mesh that is current.
 
   They are those of `spec`, or else, on a mesh with axes of Explicit type, those of `x`. An axis
@@ -52,8 +52,8 @@ def find(name: str, spec: Sequence[Any] | None, x: jax.Array, sizes: Sequence[in
     spec = jax.typeof(x).sharding.spec
     if not any(spec):
       return None
-  spec = (*spec, *(None,) * (3 - len(spec)))
-  given = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+  entries = (*spec, *(None,) * (3 - len(spec)))
+  given = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries]
   if unknown := [n for names in given for n in names if n not in mesh.axis_names]:
     known = ", ".join(mesh.axis_names) or "none: no mesh is current, see jax.set_mesh"
     raise ValueError(f"spec of {name}: {', '.join(unknown)}; accepted: axes of the mesh ({known})")
@@ -62,7 +62,7 @@ def find(name: str, spec: Sequence[Any] | None, x: jax.Array, sizes: Sequence[in
   left = []
   for names, size in zip(given, sizes, strict=True):
     free = tuple(n for n in names if n not in mesh.manual_axes)
-    left.append(free if size % math.prod(mesh.shape[n] for n in free) == 0 else ())
+    left.append(free if size % ways(free) == 0 else ())
   return Axes(*left)
 
 
@@ -70,6 +70,12 @@ def named(*names: str) -> P | None:
   """`spec` of logical axes such as ("batch", "length", "state"), by the rules that are current."""
   rules = nn.get_logical_axis_rules()
   return nn.logical_to_mesh_axes(names, rules) if rules else None
+
+
+def ways(names: Names) -> int:
+  """How many parts axes of the current mesh make together."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape[n] for n in names)
 
 
 def over(function: Callable[..., Any], operands: Any, specs: Any, out_specs: Any) -> Any:

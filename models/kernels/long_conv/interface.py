@@ -11,7 +11,8 @@ be None, and then so are their gradients. Kernels and their gradients are float3
 dtype to compute in; `y` and `du` have the dtype of `u`, the gates' gradients that of the gates. The
 skip D has become part of `k`, as its tap of lag 0.
 
-"fft" takes XLA's FFT; "dft", which TPUs get, makes FFTs of matrix products.
+"fft" takes XLA's FFT; "dft" makes FFTs of matrix products, which TPUs are better at; "pallas_tpu"
+is one kernel of such products, see `tpu.py`.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from models.kernels import dispatch
-from models.kernels.long_conv import dft, fft, xla
+from models.kernels import dispatch, partition
+from models.kernels.long_conv import dft, fft, partitioned, tpu, xla
+from models.kernels.partition import Axes
 
 IMPLEMENTATIONS = {
   "fft": dispatch.Implementation(
     partial(xla.forward, fft=fft), partial(xla.backward, fft=fft), ("cpu", "cuda", "rocm")
   ),
+  "pallas_tpu": dispatch.kernel(tpu, ("tpu",), tpu.refusal),
   "dft": dispatch.Implementation(partial(xla.forward, fft=dft), partial(xla.backward, fft=dft)),
+  "pallas_tpu_interpreted": dispatch.interpreted(tpu, tpu.refusal),
 }
 
 
@@ -40,6 +45,7 @@ def long_conv(
   *,
   k_backward: jax.Array | None = None,
   gates: tuple[jax.Array | None, jax.Array | None] = (None, None),
+  spec: PartitionSpec | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """y = post * (k * (pre u) + D pre u), a convolution for each feature, with gates around it.
@@ -52,15 +58,18 @@ def long_conv(
   gradients; a shorter kernel is zero beyond its end. One kernel thus serves every length.
 
   Kernels, spectra and sums are float32, or float64 where an operand is. The backward pass keeps the
-  operands and nothing else. Second derivatives (`grad` or `jvp` of a gradient) are right;
-  forward mode alone is refused, as by every `custom_vjp`.
+  operands and nothing else. Second derivatives (`grad` or `jvp` of a gradient) are right, except
+  that the Pallas kernel has none; forward mode alone is refused, as by every `custom_vjp`.
 
   Operands may be sharded: over batch and features nothing is moved but the sum of a kernel's
-  gradient over the batch; over time the result is right, but the sequences are gathered.
+  gradient over the batch. Over time the sequences are gathered, or with `spec`, where the devices
+  divide the features, dealt out by features and back.
 
   An FFT mixes all positions: a NaN, an infinity, or the rounding of a huge input reaches the whole
   of its sequence and feature, and no other; causality holds up to rounding, about 1e-6 of the
-  largest output. A NaN in the cotangents does the same to `du` and reaches that feature's `dk`.
+  largest output. A NaN in the cotangents does the same to `du` and reaches that feature's `dk`. Of
+  bfloat16 sequences the Pallas kernel rounds what it transforms to bfloat16, and is causal up to
+  that.
 
   Args:
     u_BLH: (B, L, H), floating point. B = 0 and L = 0 are allowed.
@@ -68,18 +77,20 @@ def long_conv(
     D_H: (H,), the skip; zero by default.
     k_backward: (H, T'), taps of the lags -1 .. -T', T' >= 1; the convolution is causal without.
     gates: (pre, post), each (B, L, H) or None for one; elementwise, as in H3 and Hyena.
+    spec: axes of the current mesh over which (batch, time, features) lie, see `linear_scan`.
     implementation: a key of IMPLEMENTATIONS; by default the best for the platform and the shapes.
 
   Returns: y_BLH, in the dtype of `u`.
 
   Raises:
-    ValueError: for wrong shapes, and for an implementation that is unknown or cannot run here.
+    ValueError: for wrong shapes, for axes that the mesh does not have, and for an implementation
+      that is unknown or cannot run here.
     TypeError: for an operand that is not floating point.
   """
   u = jnp.asarray(u_BLH)
   if u.ndim != 3:
     raise ValueError(f"u_BLH: shape {u.shape}; accepted: (B, L, H)")
-  _, length, width = u.shape
+  batch, length, width = u.shape
   k = _array("k_HT", k_HT, width, None)
   D = None if D_H is None else _array("D_H", D_H, width)
   if k_backward is not None:
@@ -100,25 +111,43 @@ def long_conv(
     k_backward = k_backward[:, : length - 1].astype(dtype) if length > 1 else None
   operands = (u, k, k_backward, pre, post)
   dispatch.check(IMPLEMENTATIONS, implementation, *operands)
-  return _apply(implementation, *operands)
+  axes = partition.find("long_conv", spec, u, (batch, length, width))
+  if axes is not None and axes.length:
+    ways = partition.ways(axes.channels + axes.length)
+    axes = axes if width % ways == 0 else axes._replace(length=())
+  return _apply(implementation, axes, *operands)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(implementation: str | None, *operands: Any) -> jax.Array:
-  return _apply_fwd(implementation, *operands)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _apply(implementation: str | None, axes: Axes | None, *operands: Any) -> jax.Array:
+  return _apply_fwd(implementation, axes, *operands)[0]
 
 
-def _apply_fwd(implementation: str | None, *operands: Any) -> Any:
-  names = dispatch.choose(IMPLEMENTATIONS, implementation, *operands)
-  return dispatch.forward(IMPLEMENTATIONS, names, *operands), operands
+def _apply_fwd(implementation: str | None, axes: Axes | None, *operands: Any) -> Any:
+  if axes is None:
+    return _run(implementation, *operands), operands
+  return partitioned.forward(partial(_run, implementation), *operands, axes=axes), operands
 
 
-def _apply_bwd(implementation: str | None, operands: Any, dy: jax.Array) -> tuple[Any, ...]:
-  names = dispatch.choose(IMPLEMENTATIONS, implementation, *operands)
-  return dispatch.backward(IMPLEMENTATIONS, names, *operands, dy)
+def _apply_bwd(
+  implementation: str | None, axes: Axes | None, operands: Any, dy: jax.Array
+) -> tuple[Any, ...]:
+  if axes is None:
+    return _run_back(implementation, *operands, dy)
+  return partitioned.backward(partial(_run_back, implementation), *operands, dy, axes=axes)
 
 
 _apply.defvjp(_apply_fwd, _apply_bwd)
+
+
+def _run(name: str | None, *operands: Any) -> jax.Array:
+  names = dispatch.choose(IMPLEMENTATIONS, name, *operands)
+  return dispatch.forward(IMPLEMENTATIONS, names, *operands)
+
+
+def _run_back(name: str | None, *operands: Any) -> tuple[Any, ...]:
+  names = dispatch.choose(IMPLEMENTATIONS, name, *operands[:-1])
+  return dispatch.backward(IMPLEMENTATIONS, names, *operands)
 
 
 def _array(name: str, x: jax.Array, *shape: int | None) -> jax.Array:

@@ -23,7 +23,7 @@ def forward(
   """See `interface.py`."""
   size = _size(u, k, k_backward)
   v_BHF = fft.rfft(_rows(u, pre, k.dtype), size)
-  k_HF = fft.rfft(_circular(k, k_backward, size), size)
+  k_HF = fft.rfft(circular(k, k_backward, size), size)
   y_BLH = _sequence(fft.irfft(v_BHF * k_HF, size), u.shape[1])
   return _times(post, y_BLH).astype(u.dtype)
 
@@ -42,7 +42,7 @@ def backward(
   # Else the compiler keeps the spectra of the forward pass: two to four times the bytes of `u`.
   u, k, k_backward, pre, post, dy = lax.optimization_barrier((u, k, k_backward, pre, post, dy))
   size, length = _size(u, k, k_backward), u.shape[1]
-  k_HF = fft.rfft(_circular(k, k_backward, size), size)
+  k_HF = fft.rfft(circular(k, k_backward, size), size)
   v_BHF = fft.rfft(_rows(u, pre, k.dtype), size)
   dy_BHF = fft.rfft(_rows(dy, post, k.dtype), size)
   dv_BLH = _sequence(fft.irfft(jnp.conj(k_HF) * dy_BHF, size), length)
@@ -64,7 +64,7 @@ def _size(u: jax.Array, k: jax.Array, k_backward: Optional) -> int:
   return 2 * next_fast_len(-(-least // 2), real=True)
 
 
-def _circular(k: jax.Array, k_backward: Optional, size: int) -> jax.Array:
+def circular(k: jax.Array, k_backward: Optional, size: int) -> jax.Array:
   """The kernel in which lag -j is at size - j; (H, N), or (H, T) where there are no such lags."""
   if k_backward is None:
     return k

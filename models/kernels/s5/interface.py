@@ -13,12 +13,12 @@ states.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from models.kernels import dispatch, partition
 from models.kernels.partition import Axes
@@ -46,7 +46,7 @@ def s5_apply(
   bidirectional: bool = False,
   a_reverse: Pair | None = None,
   scale_reverse: Pair | None = None,
-  spec: Sequence[Any] | None = None,
+  spec: PartitionSpec | None = None,
   implementation: str | None = None,
 ) -> tuple[jax.Array, Pair]:
   """x_t = a_t x_{t-1} + scale_t (B u_t), y_t = Re(C x_t) + D u_t (arXiv:2208.04933, section 3).

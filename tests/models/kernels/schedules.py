@@ -2,6 +2,7 @@
 
     python tests/models/kernels/schedules.py [NAME ...]      prints the table as JSON
     python tests/models/kernels/schedules.py --update        renews schedules.json
+    python tests/models/kernels/schedules.py --layers        copies in whole layers
 
 libtpu writes the final bundles of instructions of each program to a folder that must be named
 before it is loaded, so that this is a program of its own. A bundle is what a core issues in a
@@ -21,6 +22,7 @@ import tempfile
 
 GOLDEN = pathlib.Path(__file__).with_name("schedules.json")
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+NAMES = "linear_scan|long_conv|s5"  # of the kernels
 
 
 def cases():
@@ -29,6 +31,7 @@ def cases():
   import jax.numpy as jnp
 
   from models.kernels.linear_scan import tpu as scan
+  from models.kernels.long_conv import tpu as conv
   from models.kernels.s5 import tpu as s5
 
   def array(*shape, dtype=jnp.float32):
@@ -47,11 +50,16 @@ def cases():
     decay = pair(batch, length, states) if by_step else pair(states)
     u, state = array(batch, length, width, dtype=dtype), pair(batch, states)
     operands = (u, (decay,), (decay if by_step else None,), pair(states, width))
-    operands += (pair(width, states), array(width), state)
+    operands += (pair(width, states), array(width), (state,))
     forward = functools.partial(s5.forward, reverses=(False,))
     saved = jax.eval_shape(forward, *operands)[2]
     backward = functools.partial(s5.backward, reverses=(False,))
-    return forward, operands, backward, (saved, *operands, u, state)
+    return forward, operands, backward, (saved, *operands, u, (state,))
+
+  def of_conv(batch, length, width, dtype, behind=False, gated=False):
+    u, k = array(batch, length, width, dtype=dtype), array(width, length)
+    operands = (u, k, array(width, length - 1) if behind else None, u if gated else None, None)
+    return conv.forward, operands, conv.backward, (*operands, u)
 
   f32, bf16 = jnp.float32, jnp.bfloat16
   both = {
@@ -64,6 +72,10 @@ def cases():
     "s5 512 256 bf16": of_s5(8, 4096, 512, 256, bf16),
     "s5 128 64 f32": of_s5(32, 1024, 128, 64, f32),
     "s5 128 64 bf16 by step": of_s5(8, 1000, 128, 64, bf16, by_step=True),
+    "conv 8192 bf16": of_conv(8, 8192, 512, bf16),
+    "conv 1024 bf16": of_conv(8, 1024, 512, bf16),
+    "conv 16384 bf16": of_conv(8, 16384, 128, bf16),
+    "conv 3000 f32 two-sided, gated": of_conv(4, 3000, 200, f32, behind=True, gated=True),
   }
   return {
     f"{name} {way}": made[2 * i : 2 * i + 2]
@@ -98,7 +110,8 @@ def copies(text, size):
   """How many arrays of `size` elements or more a compiled program makes around its kernel."""
   entry = text[text.index("\nENTRY") :].split("\n}")[0]
   found = re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", entry)
-  passed_on = {"parameter", "bitcast", "get-tuple-element", "custom-call"}
+  # copy-done: fetched into fast memory, as it is
+  passed_on = {"parameter", "bitcast", "get-tuple-element", "custom-call", "copy-done"}
   return sum(
     math.prod(map(int, shape.split(","))) >= size for shape, op in found if op not in passed_on
   )
@@ -127,7 +140,7 @@ def measure(chip, names):
     kernels = [
       path
       for path in set(folder.iterdir()) - seen
-      if re.search(r"-(linear_scan|s5)(_backward)?[.\d]*-\d+-final_bundles\.txt$", path.name)
+      if re.search(rf"-({NAMES})(_backward)?[.\d]*-\d+-final_bundles\.txt$", path.name)
     ]
     if len(kernels) != 1:
       raise ValueError(f"{name}: {sorted(p.name for p in kernels)}; expected one kernel")
@@ -139,13 +152,49 @@ def measure(chip, names):
   return {"libtpu": libtpu.version(), **found}
 
 
+def layers(chip):
+  """Copies around the kernels in the whole gradient of a layer, name -> number."""
+  import flax.linen as nn
+  import jax
+  import jax.numpy as jnp
+
+  from launch import mesh as meshes
+  from launch.plan import libtpu
+  from models.long_conv import SGConv
+  from models.ssm import S5
+
+  jax.config.update("jax_enable_compilation_cache", False)
+  key, found = jax.random.key(0), {}
+  mesh = meshes.make({}, libtpu.devices(CHIPS[chip])[:1])
+  for name, layer, shape in (
+    ("s5", S5(state=512), (8, 4096, 512)),
+    ("sgconv", SGConv(kernel_dim=32, max_length=4096), (8, 4096, 256)),
+  ):
+    u = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    variables = nn.meta.unbox(jax.eval_shape(layer.init, key, u))
+
+    def gradients(variables, u, dy, layer=layer):
+      y, pullback = jax.vjp(layer.apply, variables, u)
+      return y, pullback(dy)
+
+    with meshes.use(mesh, meshes.RULES):
+      everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+      traced = jax.jit(gradients, in_shardings=everywhere).trace(variables, u, u)
+      text = traced.lower().compile().as_text()
+    assert text.count("tpu_custom_call") == 2, "one kernel forward, one backward"
+    found[name] = copies(text, math.prod(shape))
+  return found
+
+
 if __name__ == "__main__":
   parser = argparse.ArgumentParser()
   parser.add_argument("names", nargs="*")
   parser.add_argument("--chip", default="v5e", choices=CHIPS)
   parser.add_argument("--update", action="store_true")
+  parser.add_argument("--layers", action="store_true", help="copies in whole layers instead")
   flags = parser.parse_args()
-  text = json.dumps(measure(flags.chip, flags.names), indent=1)
+  found = layers(flags.chip) if flags.layers else measure(flags.chip, flags.names)
+  text = json.dumps(found, indent=1)
   if flags.update:
     GOLDEN.write_text(text + "\n")
   print(text)

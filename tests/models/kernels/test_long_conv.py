@@ -32,12 +32,29 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=list(interface.IMPLEMENTATIONS))
+INTERPRETED = "pallas_tpu_interpreted"
+
+
+def _runs(name):
+  operands = jnp.ones((1, 8, H)), jnp.ones((H, 8)), None, None, None
+  try:
+    dispatch.check(interface.IMPLEMENTATIONS, name, *operands)
+  except ValueError:
+    return False
+  return True
+
+
+@pytest.fixture(params=filter(_runs, interface.IMPLEMENTATIONS))
 def implementation(request):
-  row = interface.IMPLEMENTATIONS[request.param]
-  if "cpu" not in row.platforms and jax.default_backend() == "cpu":
-    pytest.skip(f"runs on {row.platforms}")
   return request.param
+
+
+@pytest.fixture
+def compiled(implementation):
+  """For what says nothing new of a kernel that is interpreted, which is slow."""
+  if implementation == INTERPRETED:
+    pytest.skip("interpreted")
+  return implementation
 
 
 def problem(variant, batch=2, length=11, *, seed=0):
@@ -99,6 +116,8 @@ CASES += [("long behind", (3, 1)), ("gated", (0, 7)), ("causal", (1, 1000)), ("g
 
 @pytest.mark.parametrize("variant, shape", CASES)
 def test_oracle(variant, shape, implementation):
+  if implementation == INTERPRETED and shape[1] > 11:
+    pytest.skip("see test_long_conv_tpu.py")
   values = problem(variant, *shape)
   y, grads = with_gradients(*put(values), implementation=implementation)
   want_y, want = oracle(values)
@@ -118,15 +137,15 @@ def test_the_oracle_s_two_ways_agree(monkeypatch):
     np.testing.assert_allclose(x, want, atol=1e-12)
 
 
-def test_finite_differences(implementation):
+def test_finite_differences(compiled):
   with jax.enable_x64(True):
     operands, _ = put(problem("first gate", 2, 5) | problem("gated", 2, 5), jnp.float64)
-    function = jax.jit(partial(apply, implementation=implementation))
+    function = jax.jit(partial(apply, implementation=compiled))
     assert function(operands).dtype == np.float64
     check_grads(function, (operands,), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
-def test_second_derivatives(implementation):
+def test_second_derivatives(compiled):
   """Both ways, against those of a sum over pairs of positions."""
   operands, _ = put(problem("bidirectional", 1, 4))
 
@@ -142,7 +161,7 @@ def test_second_derivatives(implementation):
 
   want = hessian(by_pairs, jax.jacfwd)
   for jacobian in (jax.jacfwd, jax.jacrev):
-    have = hessian(partial(apply, implementation=implementation), jacobian)
+    have = hessian(partial(apply, implementation=compiled), jacobian)
     for x, y in zip(have, want, strict=True):
       np.testing.assert_allclose(x, y, atol=2e-3)
 
@@ -181,9 +200,12 @@ def test_a_nan_stays_in_its_sequence_and_feature(implementation):
   )
   other = np.ones((2, H), bool)
   other[1, 2] = False
+  # Two sequences that share a transform share its rounding.
+  near = {"rtol": 1e-5, "atol": 1e-5} if implementation == INTERPRETED else {"rtol": 0}
   for have, want in ((spoilt, clean), (spoilt_grads["u"], grads["u"])):
-    np.testing.assert_array_equal(have.swapaxes(1, 2)[other], want.swapaxes(1, 2)[other])
+    np.testing.assert_allclose(have.swapaxes(1, 2)[other], want.swapaxes(1, 2)[other], **near)
   assert np.isnan(spoilt[1, :, 2]).all()
+  assert np.isnan(spoilt_grads["k"][2]).all()
   np.testing.assert_array_equal(spoilt_grads["k"][:2], grads["k"][:2])
 
 
@@ -206,17 +228,17 @@ def test_vmap_over_seeds_and_remat(implementation):
       np.testing.assert_allclose(again, x, rtol=1e-5, atol=1e-5)
 
 
-def test_vmap_over_one_operand(implementation):
+def test_vmap_over_one_operand(compiled):
   operands, _ = put(problem("causal"))
   kernels = jnp.stack([operands["k"], 2 * operands["k"]], axis=-1)
-  run = lambda k: apply(operands | {"k": k}, implementation)  # noqa: E731
+  run = lambda k: apply(operands | {"k": k}, compiled)  # noqa: E731
   mapped = jax.jit(jax.vmap(run, in_axes=-1))(kernels)
   np.testing.assert_allclose(mapped[1], run(2 * operands["k"]), atol=1e-5)
 
 
-def test_transposed_inputs_and_reproducible_gradients(implementation):
+def test_transposed_inputs_and_reproducible_gradients(compiled):
   operands, dy = put(problem("bidirectional", 3, 33))
-  run = partial(with_gradients, implementation=implementation)
+  run = partial(with_gradients, implementation=compiled)
   first = run(operands, dy)
   turned = jax.tree.map(lambda x: jnp.asarray(np.asfortranarray(x)), operands)
   for again in (run(operands, dy), run(turned, dy)):
@@ -279,17 +301,17 @@ SHARDINGS = {  # of (B, L, H) and of (H, T)
 
 
 @pytest.mark.parametrize("axes", SHARDINGS)
-def test_sharded(axes, implementation):
+def test_sharded(axes, compiled):
   rng = np.random.default_rng(0)
   u, k = rng.normal(size=(8, 40, 16)), rng.normal(size=(2, 16, 40))
   values = {"u": u, "k": k[0], "D": k[0, :, 0], "k_backward": k[1]}
   operands, dy = put(values | {"dy": np.cos(u)})
-  expected = with_gradients(operands, dy, implementation)
+  expected = with_gradients(operands, dy, compiled)
   sequences, kernels = SHARDINGS[axes]
   place = {n: sequences if n == "u" else P(*kernels[: x.ndim]) for n, x in operands.items()}
   place = jax.tree.map(partial(NamedSharding, mesh()), place)
   run = jax.jit(
-    partial(with_gradients, implementation=implementation),
+    partial(with_gradients, implementation=compiled),
     in_shardings=(place, place["u"]),
     out_shardings=(place["u"], place),
   )
@@ -305,10 +327,10 @@ def test_sharded(axes, implementation):
 
 
 @pytest.mark.parametrize("axes", [{"x", "y"}, {"x"}])
-def test_shard_map(axes, implementation):
+def test_shard_map(axes, compiled):
   """Over all axes of a mesh, and over some of them."""
   operands, _ = put(problem("causal", 8, 16))
-  run = lambda u, k: long_conv(u, k, implementation=implementation)  # noqa: E731
+  run = lambda u, k: long_conv(u, k, implementation=compiled)  # noqa: E731
   specs = {"in_specs": (P("x"), P()), "out_specs": P("x"), "axis_names": axes}
   mapped = jax.shard_map(run, mesh=mesh(), **specs)
   have = jax.jit(mapped)(operands["u"], operands["k"])
@@ -335,7 +357,7 @@ def test_errors_name_the_operand():
     long_conv(u, k, gates=(None, pre[:, :5]))
   with pytest.raises(TypeError, match="dtype int32; accepted: floating point"):
     long_conv(u.astype(jnp.int32), k)
-  with pytest.raises(ValueError, match="implementation='fast': unknown; available here: fft, dft"):
+  with pytest.raises(ValueError, match="implementation='fast': unknown; available here: fft, dft,"):
     long_conv(u, k, implementation="fast")
 
 

@@ -19,12 +19,12 @@ spec.loader.exec_module(schedules)
 pytestmark = pytest.mark.skipif(not libtpu.installed(), reason="needs libtpu")
 
 
-def measured(chip):
+def measured(*flags):
   """In a process of its own, which tells libtpu where to write before it is loaded."""
   path = pathlib.Path(schedules.__file__)
   environment = {**os.environ, "PYTHONPATH": str(path.parents[3]), "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
-    [sys.executable, path, f"--chip={chip}"],
+    [sys.executable, path, *flags],
     env=environment,
     capture_output=True,
     text=True,
@@ -39,7 +39,7 @@ def test_bundles_and_copies():
   golden = json.loads(schedules.GOLDEN.read_text())
   if golden.pop("libtpu") != libtpu.version():
     pytest.skip(f"recorded with another libtpu; {schedules.__doc__.splitlines()[3].strip()}")
-  found = measured("v5e")
+  found = measured("--chip=v5e")
   found.pop("libtpu")
   assert found.keys() == golden.keys()
   longer = {
@@ -53,10 +53,16 @@ def test_bundles_and_copies():
   assert not longer
 
 
+def test_whole_layers():
+  """S5's kernels take everything as it lies; the convolution's take u and dy, and give y and du,
+  with features in front of time."""
+  assert measured("--layers") == {"s5": 0, "sgconv": 4}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5p", "v6e"])
 def test_other_chips(chip):
-  found = measured(chip)
+  found = measured(f"--chip={chip}")
   found.pop("libtpu")
   assert found.keys() == schedules.cases().keys()
   golden = json.loads(schedules.GOLDEN.read_text())

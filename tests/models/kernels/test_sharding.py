@@ -16,8 +16,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from launch import mesh as meshes
-from models.kernels import dispatch, linear_scan, s5_apply
+from models.kernels import dispatch, linear_scan, long_conv, s5_apply
 from models.kernels.linear_scan import interface
+from models.long_conv import SGConv
 from models.recurrent import LRU, RGLRU
 from models.ssm import S5
 
@@ -70,6 +71,14 @@ PROBLEMS = {
   "per step": scan_problem(BATCH, LENGTH, STATES),
   "s5": s5_problem(),
 }
+
+
+def conv_problem():
+  def apply(u, k, k_backward, gate, **options):
+    return long_conv(u, k, k_backward=k_backward, gates=(None, gate), **options)
+
+  u, gate = random(0, BATCH, LENGTH, WIDTH), random(1, BATCH, LENGTH, WIDTH)
+  return apply, (u, random(2, WIDTH, LENGTH), random(3, WIDTH, LENGTH // 2), gate)
 
 
 def with_gradients(function, *operands):
@@ -126,22 +135,23 @@ SPECS = [
   P("x", "y", "z"),
 ]
 CUT = {"x": 2, "y": 2, "z": 2}
+KNOWN = PROBLEMS | {"conv": conv_problem()}
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("problem", KNOWN)
 def test_known_axes(problem, spec):
-  function, operands = PROBLEMS[problem]
+  function, operands = KNOWN[problem]
   expected = jax.jit(partial(with_gradients, function))(*operands)
   with jax.set_mesh(mesh(**CUT)):
     run = jax.jit(partial(with_gradients, partial(function, spec=spec)))
     assert_same(run(*operands), expected)
 
 
-@pytest.mark.parametrize("problem", ["per step", "s5"])
+@pytest.mark.parametrize("problem", ["per step", "s5", "conv"])
 def test_kernels_on_a_mesh(problem):
   """Interpreted, with every axis cut; reversed, which passes states on the other way."""
-  function, operands = PROBLEMS[problem]
+  function, operands = KNOWN[problem]
   options = {"reverse": True} if problem == "per step" else {}
   expected = jax.jit(partial(with_gradients, partial(function, **options)))(*operands)
   options |= {"spec": P("x", "y", "z"), "implementation": "pallas_tpu_interpreted"}
@@ -207,11 +217,16 @@ def test_kernels_are_chosen_where_devices_have_their_parts():
   assert chosen == ["xla", "xla", "pallas_tpu"]
 
 
-@pytest.mark.parametrize(
-  "layer",
-  [S5(state=16, blocks=2), S5(state=16, bidirectional=True), LRU(8), RGLRU()],
-  ids=lambda layer: type(layer).__name__,
-)
+LAYERS = {
+  "S5": S5(state=16, blocks=2),
+  "S5, both ways": S5(state=16, bidirectional=True),
+  "LRU": LRU(8),
+  "RG-LRU": RGLRU(),
+  "SGConv": SGConv(kernel_dim=4, max_length=16),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_layers_name_their_axes(layer):
   """Under the rules of a mesh the sequence axis is used, and values and gradients are the same."""
   u = random(0, 4, 16, 8)
@@ -221,4 +236,4 @@ def test_layers_name_their_axes(layer):
   with meshes.use(meshes.make({"data": 2, "sequence": 2, "tensor": 2}), meshes.RULES):
     compiled = jax.jit(run).lower(u, params).compile()
     assert_same(compiled(u, params), expected)
-  assert "all-gather" in compiled.as_text()
+  assert ("all-to-all" if isinstance(layer, SGConv) else "all-gather") in compiled.as_text()
