@@ -13,15 +13,15 @@ and `a`, of shape (N,) or that of `b`, in the dtype of the carry (float32 or flo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from models.kernels import dispatch, partition
-from models.kernels.linear_scan import partitioned, tpu, xla
+from models.kernels.linear_scan import gpu, partitioned, tpu, xla
 from models.kernels.partition import Axes
 
 # An array, or (re, im).
@@ -31,7 +31,9 @@ Parts = tuple[jax.Array, ...]
 IMPLEMENTATIONS = {
   "pallas_tpu": dispatch.kernel(tpu, ("tpu",), tpu.refusal),
   "xla": dispatch.Implementation(xla.forward, xla.backward),
+  "mosaic_gpu": dispatch.kernel(gpu, ("cuda",), gpu.refusal),
   "pallas_tpu_interpreted": dispatch.interpreted(tpu, tpu.refusal),
+  "mosaic_gpu_interpreted": dispatch.interpreted(gpu, gpu.refusal),
 }
 
 
@@ -41,7 +43,7 @@ def linear_scan(
   h0: Operand | None = None,
   *,
   reverse: bool = False,
-  spec: Sequence[Any] | None = None,
+  spec: PartitionSpec | None = None,
   implementation: str | None = None,
 ) -> tuple[Operand, Operand]:
   """y_t = a_t * y_{t-1} + b_t along axis -2, elementwise in the channels, with y_{-1} = h0.
@@ -53,7 +55,7 @@ def linear_scan(
   The carry is float32, or float64 where an operand is. Gradients flow into a, b and h0 from both
   results, and are bitwise reproducible. The backward pass keeps `a`, `y` and `h0`, so that for
   constant `a` the one sequence kept is `y`. Second derivatives are right, but their cost grows with
-  the square of L.
+  the square of L, and the Pallas kernels have none.
 
   Operands may be sharded. With `spec` each device runs its part: over batch and channels nothing
   but a gradient's sum is moved, over time a state for each part. Without, it is left to XLA, which
