@@ -8,8 +8,8 @@ repository asks for a platform.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -36,18 +36,27 @@ class Implementation(NamedTuple):
   partitioned: bool = True
 
 
-def kernel(
-  module: Any, platforms: tuple[str, ...], refusal: Callable[..., str | None]
-) -> Implementation:
-  """The `forward` and `backward` of a module of Pallas kernels, which XLA does not partition."""
-  return Implementation(module.forward, module.backward, platforms, refusal, partitioned=False)
+def kernel(module: str, *platforms: str) -> Implementation:
+  """The `forward`, `backward` and `refusal` of a module of Pallas kernels.
+
+  The module is imported when they are called: what it needs of jax is experimental and takes a
+  while, and no other platform should have to have it.
+  """
+  forward, backward, refusal = (_later(module, n) for n in ("forward", "backward", "refusal"))
+  return Implementation(forward, backward, platforms, refusal, partitioned=False)
 
 
-def interpreted(module: Any, refusal: Callable[..., str | None]) -> Implementation:
+def interpreted(module: str) -> Implementation:
   """The same step by step on any platform, which is slow."""
-  forward = partial(module.forward, interpret=True)
-  backward = partial(module.backward, interpret=True)
-  return Implementation(forward, backward, refusal=refusal)
+  forward, backward = (_later(module, n, interpret=True) for n in ("forward", "backward"))
+  return Implementation(forward, backward, refusal=_later(module, "refusal"))
+
+
+def _later(module: str, name: str, **fixed: Any) -> Callable[..., Any]:
+  def call(*operands: Any, **static: Any) -> Any:
+    return getattr(importlib.import_module(module), name)(*operands, **static, **fixed)
+
+  return call
 
 
 def whole() -> bool:
@@ -74,19 +83,19 @@ def choose(
 ) -> dict[str, str]:
   """An implementation for each platform: `name`, or else the first that can run the operands.
 
-  With `at_once` it is one for all of them, that of the platform that is current: backends that keep
-  different things for the derivative cannot be in one program.
+  A kernel that XLA does not partition is chosen only for the platform that is current, and where
+  devices have their own operands. With `at_once` all platforms get what that one has: backends that
+  keep different things for the derivative cannot be in one program.
   """
   if name is not None:
     return dict.fromkeys(PLATFORMS, name)
-  rows = {n: row for n, row in table.items() if row.partitioned or whole()}
-  here = _platform()
-  return {
-    platform: next(
-      n for n in rows if _refusal(rows[n], here if at_once else platform, operands) is None
-    )
-    for platform in PLATFORMS
-  }
+  here, apart = _platform(), whole()
+
+  def best(platform: str) -> str:
+    rows = {n: r for n, r in table.items() if r.partitioned or (apart and platform == here)}
+    return next(n for n, row in rows.items() if _refusal(row, platform, operands) is None)
+
+  return {platform: best(here if at_once else platform) for platform in PLATFORMS}
 
 
 def forward(

@@ -21,19 +21,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models.kernels import dispatch, partition
-from models.kernels.linear_scan import gpu, partitioned, tpu, xla
+from models.kernels.linear_scan import partitioned, xla
 from models.kernels.partition import Axes
 
 # An array, or (re, im).
 Operand = Any
 Parts = tuple[jax.Array, ...]
 
+HERE = "models.kernels.linear_scan"
 IMPLEMENTATIONS = {
-  "pallas_tpu": dispatch.kernel(tpu, ("tpu",), tpu.refusal),
+  "pallas_tpu": dispatch.kernel(f"{HERE}.tpu", "tpu"),
   "xla": dispatch.Implementation(xla.forward, xla.backward),
-  "mosaic_gpu": dispatch.kernel(gpu, ("cuda",), gpu.refusal),
-  "pallas_tpu_interpreted": dispatch.interpreted(tpu, tpu.refusal),
-  "mosaic_gpu_interpreted": dispatch.interpreted(gpu, gpu.refusal),
+  "mosaic_gpu": dispatch.kernel(f"{HERE}.gpu", "cuda"),
+  "pallas_tpu_interpreted": dispatch.interpreted(f"{HERE}.tpu"),
+  "mosaic_gpu_interpreted": dispatch.interpreted(f"{HERE}.gpu"),
 }
 
 

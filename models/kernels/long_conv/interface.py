@@ -25,16 +25,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models.kernels import dispatch, partition
-from models.kernels.long_conv import dft, fft, partitioned, tpu, xla
+from models.kernels.long_conv import dft, fft, partitioned, xla
 from models.kernels.partition import Axes
 
 IMPLEMENTATIONS = {
   "fft": dispatch.Implementation(
     partial(xla.forward, fft=fft), partial(xla.backward, fft=fft), ("cpu", "cuda", "rocm")
   ),
-  "pallas_tpu": dispatch.kernel(tpu, ("tpu",), tpu.refusal),
+  "pallas_tpu": dispatch.kernel("models.kernels.long_conv.tpu", "tpu"),
   "dft": dispatch.Implementation(partial(xla.forward, fft=dft), partial(xla.backward, fft=dft)),
-  "pallas_tpu_interpreted": dispatch.interpreted(tpu, tpu.refusal),
+  "pallas_tpu_interpreted": dispatch.interpreted("models.kernels.long_conv.tpu"),
 }
 
 

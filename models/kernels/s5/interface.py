@@ -22,14 +22,14 @@ from jax.sharding import PartitionSpec
 
 from models.kernels import dispatch, partition
 from models.kernels.partition import Axes
-from models.kernels.s5 import partitioned, tpu, xla
+from models.kernels.s5 import partitioned, xla
 
 Pair = tuple[jax.Array, jax.Array]
 
 IMPLEMENTATIONS = {
-  "pallas_tpu": dispatch.kernel(tpu, ("tpu",), tpu.refusal),
+  "pallas_tpu": dispatch.kernel("models.kernels.s5.tpu", "tpu"),
   "xla": dispatch.Implementation(xla.forward, xla.backward),
-  "pallas_tpu_interpreted": dispatch.interpreted(tpu, tpu.refusal),
+  "pallas_tpu_interpreted": dispatch.interpreted("models.kernels.s5.tpu"),
 }
 
 

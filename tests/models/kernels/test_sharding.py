@@ -201,20 +201,22 @@ def test_axes_that_do_not_divide_and_axes_that_are_not_there():
     function(*operands, spec=P("x"))
 
 
-def test_kernels_are_chosen_where_devices_have_their_parts():
+def test_kernels_are_chosen_where_devices_have_their_parts(monkeypatch):
+  monkeypatch.setattr(dispatch, "_platform", lambda: "tpu")
   b = jnp.ones((8, 16, 4))
   chosen = []
 
   def part(b):
     a, h0 = jnp.ones(4), jnp.ones((len(b), 4))
-    chosen.append(dispatch.choose(interface.IMPLEMENTATIONS, None, (a,), (b,), (h0,))["tpu"])
+    names = dispatch.choose(interface.IMPLEMENTATIONS, None, (a,), (b,), (h0,))
+    chosen.append((names["tpu"], names["cpu"]))
     return b
 
   part(b)
   with jax.set_mesh(mesh()):
     part(b)
     jax.shard_map(part, in_specs=P("x"), out_specs=P("x"))(b)
-  assert chosen == ["xla", "xla", "pallas_tpu"]
+  assert chosen == [("xla", "xla"), ("xla", "xla"), ("pallas_tpu", "xla")]
 
 
 LAYERS = {
