@@ -31,8 +31,9 @@ SCALES = [
 ]
 FIRST = dict(reversed(SCALES)).items()
 ids = [f"{name}-{scale}" for name, scale in SCALES]
-# A third of the compiler's time: the program takes about as much memory, and more traffic.
-QUICK = {"jax_optimization_level": "O0"}
+# A third of the compiler's time: the program takes about as much memory, and more traffic. And
+# without the lines and files that kernels were written on, which are not to count.
+QUICK = {"jax_optimization_level": "O0", "jax_traceback_in_locations_limit": 0}
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALES, ids=ids)
