@@ -42,6 +42,17 @@ def refuse_bidirectional(layer: Any) -> None:
     raise ValueError("bidirectional=True: no recurrent form; accepted: False")
 
 
+def call(
+  module: Any,
+  u_BLH: jax.Array,
+  *,
+  dt: jax.Array | None = None,
+  step_rescale: float | jax.Array = 1.0,
+) -> jax.Array:
+  """The outputs of whole sequences, by the `extend` of a mixer that begins anew from None."""
+  return module.extend(None, u_BLH, dt=dt, step_rescale=step_rescale)[1]
+
+
 def step(
   module: Any, state: Any, x: jax.Array, *, dt: jax.Array | None = None, **fields: Any
 ) -> tuple[Any, Any]:

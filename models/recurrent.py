@@ -59,15 +59,7 @@ class LRU(nn.Module):
   max_phase: float = 2 * math.pi
   implementation: str | None = None
 
-  def __call__(
-    self,
-    u_BLH: jax.Array,
-    *,
-    dt: jax.Array | None = None,
-    step_rescale: float | jax.Array = 1.0,
-  ) -> jax.Array:
-    """The outputs at every step; `dt` and `step_rescale` are there to be refused."""
-    return self.extend(None, u_BLH, dt=dt, step_rescale=step_rescale)[1]
+  __call__ = mixers.call
 
   @nn.compact
   def extend(
@@ -172,15 +164,7 @@ class RGLRU(nn.Module):
   decay_max: float = 0.999
   implementation: str | None = None
 
-  def __call__(
-    self,
-    u_BLH: jax.Array,
-    *,
-    dt: jax.Array | None = None,
-    step_rescale: float | jax.Array = 1.0,
-  ) -> jax.Array:
-    """The outputs at every step; `dt` and `step_rescale` are there to be refused."""
-    return self.extend(None, u_BLH, dt=dt, step_rescale=step_rescale)[1]
+  __call__ = mixers.call
 
   @nn.compact
   def extend(

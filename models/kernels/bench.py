@@ -60,6 +60,7 @@ Call = Ours | tuple[timing.Host, tuple[Any, ...]]
 
 
 def accelerated() -> bool:
+  """Whether the shapes are those for an accelerator."""
   return jax.default_backend() != "cpu"
 
 

@@ -44,13 +44,7 @@ def forward(
     entered, left = x0, None
     if axes.length:
       drives = xla.drives(u, scale, B)
-      entered, left = zip(
-        *(
-          scan_partitioned.passed(partial(scan.run, None), *sides, reverse=reverse, axes=axes)
-          for *sides, reverse in zip(a, drives, x0, reverses, strict=True)
-        ),
-        strict=True,
-      )
+      entered, left = _each(scan_partitioned.passed, a, drives, x0, reverses, axes)
     y, x_last, saved = run(u, a, scale, B, _flat(C), _once(D, axes), entered)
     return _summed(y, axes), left or x_last, partition.own((saved, entered))
 
@@ -82,13 +76,7 @@ def backward(
   ):
     (saved, entered), dx0 = partition.owned(saved), None
     if axes.length:
-      end, dx0 = zip(
-        *(
-          scan_partitioned.passed_back(partial(scan.run, None), *sides, reverse=reverse, axes=axes)
-          for *sides, reverse in zip(a, xla.slopes(dy, C), end, reverses, strict=True)
-        ),
-        strict=True,
-      )
+      end, dx0 = _each(scan_partitioned.passed_back, a, xla.slopes(dy, C), end, reverses, axes)
     du, da, dscale, dB, dC, dD, own_dx0 = run_back(
       saved, u, a, scale, B, _flat(C), _once(D, axes), entered, dy, end
     )
@@ -106,6 +94,21 @@ def backward(
     (*specs, state),
   )
   return du, da, dscale, dB, _flat(dC), dD, dx0
+
+
+def _each(
+  passed: Callable[..., Any], a: Any, drives: Any, starts: Any, reverses: Any, axes: Axes
+) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+  """`passed` for each direction: what enters this part in time, and what leaves the last."""
+  run = partial(scan.run, None)
+  entered, left = zip(
+    *(
+      passed(run, *sides, reverse=reverse, axes=axes)
+      for *sides, reverse in zip(a, drives, starts, reverses, strict=True)
+    ),
+    strict=True,
+  )
+  return entered, left
 
 
 def _specs(operands: Any, axes: Axes) -> tuple[Any, ...]:
