@@ -48,11 +48,9 @@ average, is not here: its details are unknown.
 """
 
 import functools
-import re
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -101,9 +99,9 @@ def get_config(scale: str = "laptop") -> ml_collections.ConfigDict:
       "remat": False,
       "dtype": "float32",
       "share": 0.5,  # of the updates, for the seed
-      "optimizer": {"name": "muon", "lr": 4e-2, "total_steps": 500, "warmup": 0.08, "clip": 0.1},
+      "optimizer": {"name": "muon", "lr": 4e-2, "total_steps": 400, "warmup": 0.08, "clip": 0.1},
       "batch_size": 4,  # of an expert; the dense model's is that of all experts
-      "accumulation": 1,
+      "microbatches": 1,
       "prior": {"batch_size": 8, "steps": 12},  # about 100 development windows
       "steps_per_dispatch": 25,
       "checkpoint_every": 0,
@@ -115,7 +113,7 @@ def get_config(scale: str = "laptop") -> ml_collections.ConfigDict:
     values |= {"domains": DEMIX, "held_out": DEMIX_HELD_OUT, "scan": True, "remat": True}
     values |= {"dtype": "bfloat16", "optimizer.name": "adamw", "optimizer.lr": 5e-4}
     values |= {"position": "learned", "optimizer.total_steps": steps}
-    values |= {"accumulation": 32, "batch_size": gpus // 8 * 2 * 32}
+    values |= {"microbatches": 32, "batch_size": gpus // 8 * 2 * 32}
     values |= {"prior.batch_size": 16, "prior.steps": 6}
     values |= {"steps_per_dispatch": 1, "checkpoint_every": 1000}
     config.update_from_flattened_dict(values)
@@ -136,82 +134,41 @@ def held(config, split: str, count: int) -> sources.InMemory:
   return domains.side_by_side(config.domains + config.held_out, split, config.length, count)
 
 
-def optimizer(config) -> optax.GradientTransformation:
+def optimizer(config, kind: str) -> optax.GradientTransformation:
   """Linear warm-up, linear decay to 0: one schedule for the seed and all that follows it.
 
-  AdamW, or Muon on matrices, which learns from fewer tokens, and Adam on the rest.
+  AdamW, or Muon on matrices, which learns from fewer tokens, and Adam on the rest. The gradient is
+  clipped by its norm, an expert's by its own.
   """
   o, last = config.optimizer, config.optimizer.total_steps
   knots = np.array([0, o.warmup * last, last + 1]), np.array([0, o.lr, 0])
   rate = lambda n: jnp.interp(n + 1.0, *knots)  # noqa: E731
   if o.name == "adamw":
-    return optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-7, weight_decay=0.1)
-  own = lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)  # noqa: E731
-  return recipes.muon(rate, dimensions=functools.partial(jax.tree.map, own))
+    rule = optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-7, weight_decay=0.1)
+  else:
+    last_two = lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)  # noqa: E731
+    rule = recipes.muon(rate, dimensions=functools.partial(jax.tree.map, last_two))
 
+  def clip(grads):
+    return optax.clip_by_global_norm(o.clip).update(grads, optax.EmptyState())[0]
 
-def is_own(path: Any, kind: str) -> bool:
-  """Whether every domain has a parameter of its own."""
-  return re.search(OWN[kind], jax.tree_util.keystr(path, simple=True, separator="/")) is not None
+  each = jax.vmap(clip) if kind == "forest" else clip
+  return optax.chain(optax.stateless(lambda grads, _: each(grads)), rule)
 
 
 def stages(config) -> dict[str, Task]:
   count, everywhere = len(config.domains), config.domains + config.held_out
-  rule, in_bytes = optimizer(config), config.domains[0] in text.DOMAINS
+  in_bytes = config.domains[0] in text.DOMAINS
   vocab = tokenization.bytes_tokenizer().vocab_size if in_bytes else 50_304
   fields = {name: config[name] for name in ("heads", "position", "scan", "remat")}
   sizes, fields["dtype"] = (vocab, config.width, config.layers), jnp.dtype(config.dtype)
   model = Transformer(*sizes, max_length=config.length, **fields)
   window = dict.fromkeys(("inputs", "targets"), jax.ShapeDtypeStruct((config.length,), np.int32))
-  init_one, loss_one = supervised(model, language.next_token, window)
-  init_own, _ = independent(init_one, loss_one, count)
+  one = supervised(model, language.next_token, window)
+  functions = {kind: independent(*one, count, own) for kind, own in OWN.items()}
 
   def side_by_side(n: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {k: jax.ShapeDtypeStruct((n, *v.shape), v.dtype) for k, v in window.items()}
-
-  def init(key, kind):
-    """The whole training state: parameters, and moments and count of updates as a collection."""
-    params = jax.tree_util.tree_map_with_path(
-      lambda path, common, own: own if is_own(path, kind) else common,
-      *(make(key)["params"] for make in (init_one, init_own)),
-      is_leaf=lambda x: isinstance(x, nn.Partitioned),
-    )
-    # Moments lie where their parameters do; Muon's, which masks some, are whole on every device.
-    boxed = params if config.optimizer.name == "adamw" else meshes.unboxed(params)
-    return {"params": params, "optimizer": rule.init(boxed)}
-
-  def loss(params, variables, batch, key, *, train, kind):
-    """Of each domain's windows under its own parameters and those of all."""
-
-    def one(params, fields):
-      value, (metrics, _) = loss_one(params, {}, fields, key, train=train)
-      return value, metrics
-
-    axes = jax.tree_util.tree_map_with_path(
-      lambda path, _: 0 if is_own(path, kind) else None, params
-    )
-    fields = {name: batch[name] for name in window}
-    batched = (axes, dict.fromkeys(fields, 1) | {"mask": None})
-    values, metrics = jax.vmap(one, batched)(params, fields | {"mask": batch["mask"]})
-    value = values.sum() if kind == "forest" else values.mean()
-    return value, (jax.tree.map(jnp.sum, metrics), variables)
-
-  def update(state, batch, key, kind):
-    of = functools.partial(loss, train=True, kind=kind)
-
-    def gradient(part):
-      (_, (metrics, _)), grads = jax.value_and_grad(of, has_aux=True)(state.params, {}, part, key)
-      return grads, metrics
-
-    accumulated = optax.microbatch(gradient, 0, config.batch_size // config.accumulation)
-    grads, metrics = accumulated(dict(batch))  # sums
-    grads = jax.tree.map(lambda g: g / config.accumulation, grads)
-    clip = optax.clip_by_global_norm(config.optimizer.clip).update
-    clip = jax.vmap(clip) if kind == "forest" else clip  # by each expert's own norm
-    grads, _ = clip(grads, optax.EmptyState())
-    updates, moments = rule.update(grads, state.variables["optimizer"], state.params)
-    params = optax.apply_updates(state.params, updates)
-    return state.replace(params=params, variables={"optimizer": moments}), metrics
 
   def log_prob(params, inputs_BL, targets_BL):
     logits_BLV = model.apply({"params": params}, inputs_BL)
@@ -241,13 +198,10 @@ def stages(config) -> dict[str, Task]:
       if dense:
         return {"dense": log_prob(params, *rows)}
       found_KBL = jax.vmap(log_prob, (0, None, None))(params, *rows)
-
-      def ensemble(prior_K, form="cumulative"):
-        return ensembles.mixture(found_KBL, ensembles.log_posterior(found_KBL, prior_K, form))
-
+      ensemble = functools.partial(ensembles.ensemble, found_KBL)
       return {
         "ensemble": ensemble(prior_K),
-        "one token": ensemble(prior_K, "token"),
+        "one token": ensemble(prior_K, form="token"),
         "top 1": ensemble(ensembles.top_k(prior_K, 1)),
         "top 2": ensemble(ensembles.top_k(prior_K, 2)),
         "average": log_prob(merging.average(params), *rows),
@@ -268,7 +222,7 @@ def stages(config) -> dict[str, Task]:
     return jnp.zeros(()), (metrics, variables)
 
   data = functools.partial(held, config, config.split, config.measured)
-  common = {"optimizer": optax.identity(), "steps_per_dispatch": config.steps_per_dispatch}
+  common = {"steps_per_dispatch": config.steps_per_dispatch, "rules": meshes.MODEL_RULES}
 
   def train(kind: str, phase: str, at_random: bool = False) -> Task:
     first = round(config.share * config.optimizer.total_steps)
@@ -277,16 +231,16 @@ def stages(config) -> dict[str, Task]:
       data, functools.partial(measure, dense=True), side_by_side(len(everywhere))
     )
     return Task(
-      init=functools.partial(init, kind=kind),
-      loss=functools.partial(loss, kind=kind),
-      update=functools.partial(update, kind=kind),
+      init=functions[kind][0],
+      loss=functions[kind][1],
+      optimizer=optimizer(config, kind),
       example=side_by_side(count),
       data=functools.partial(training, config, phase, at_random),
       batch_size=config.batch_size,
+      microbatches=config.microbatches,
       steps={"seed": first, "branches": rest, "both": first + rest}[phase],
       evaluate={config.split: measured} if kind == "dense" and phase != "seed" else {},
       axes=dict.fromkeys(window, ("models", None)),
-      rules=meshes.MODEL_RULES,
       checkpoint_every=config.checkpoint_every,
       **common,
     )
@@ -300,7 +254,7 @@ def stages(config) -> dict[str, Task]:
     "unseeded": train("forest", "both"),
     "demix": train("demix", "both"),
     "merged": Task(
-      init=lambda key: {"params": init_own(key)["params"], "prior": uniform},
+      init=lambda key: functions["forest"][0](key) | {"prior": uniform},
       loss=measure,
       update=estimate,
       example=side_by_side(len(everywhere)),
@@ -308,21 +262,22 @@ def stages(config) -> dict[str, Task]:
         held, config, "validation", config.prior.batch_size * config.prior.steps
       ),
       evaluate={config.split: Evaluation(data)},
-      rules=meshes.MODEL_RULES,
+      optimizer=optax.identity(),
       **config.prior,
       **common,
     ),
   }
 
 
-def branch(state: Mapping[str, Any], task: Task) -> dict[str, Any]:
-  """A whole state, axes (seed, ...), copied to every domain where `task` has one for each."""
-  wanted = meshes.unboxed(jax.eval_shape(task.init, jax.random.key(0)))
+def branch(task: Task, params: Any, opt_state: Any = ()) -> tuple[dict[str, Any], Any]:
+  """What `task` starts from: axes (seed, ...), copied to every domain where it has one for each."""
+  wanted = meshes.unboxed(jax.eval_shape(task.init, jax.random.key(0)))["params"]
 
   def copies(x: jax.Array, own: jax.ShapeDtypeStruct) -> jax.Array:
     return x if x.ndim > len(own.shape) else jnp.broadcast_to(x[:, None], (len(x), *own.shape))
 
-  return {name: jax.tree.map(copies, state[name], wanted[name]) for name in state}
+  moments = jax.eval_shape(task.optimizer.init, wanted) if opt_state else ()
+  return {"params": jax.tree.map(copies, params, wanted)}, jax.tree.map(copies, opt_state, moments)
 
 
 def run(config, lab) -> dict[str, list[float]]:
@@ -335,19 +290,20 @@ def run(config, lab) -> dict[str, list[float]]:
       found[f"{name}/{group}"] = np.mean(values, 0).tolist()
 
   seed = lab.fit("seed", tasks["seed"])
-  whole = {"params": seed.params, **seed.variables}
-  record("dense", "dense", lab.fit("dense", tasks["dense"], whole).metrics)
+  goes_on = lab.fit("dense", tasks["dense"], *branch(tasks["dense"], seed.params, seed.opt_state))
+  record("dense", "dense", goes_on.metrics)
   shape = (len(lab.seeds), *tasks["merged"].example["inputs"].shape[:1], len(config.domains))
   prior = jnp.full(shape, 1 / shape[-1])
   for name in config.forests:
-    start = branch(whole, tasks[name]) if name in ("random", "experts") else None
-    forest = branch({"params": lab.fit(name, tasks[name], start).params}, tasks["merged"])
+    branched = branch(tasks[name], seed.params, seed.opt_state) if name in FROM_SEED else ()
+    forest, _ = branch(tasks["merged"], lab.fit(name, tasks[name], *branched).params)
     merged = lab.fit(f"{name}-merged", tasks["merged"], forest | {"prior": prior})
     for method in METHODS if name == "experts" else METHODS[:2]:
       record(method if name == "experts" else f"{name} {method}", method, merged.metrics)
   return found
 
 
+FROM_SEED = ("random", "experts")  # of the forests
 METHODS = ("ensemble", "average", "prior average", "top 1", "top 2", "one token")
 
 

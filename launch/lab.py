@@ -51,22 +51,26 @@ class Lab:
     self.wall_s = 0.0
     self.failed: dict[int, str] = {}
 
-  def fit(self, stage: str, task: Task, variables: Any = None) -> loop.Fitted:
+  def fit(
+    self, stage: str, task: Task, variables: Any = None, opt_state: Any = None
+  ) -> loop.Fitted:
     """Trains a stage, or resumes it, or reads it back when it is finished.
 
     Args:
       stage: its name; checkpoints are kept under it.
       task: what to train.
       variables: a flax variable dict with a leading seed axis to start from, in place of
-        `task.init` (say the transformed parameters of an earlier stage). The optimizer is fresh.
+        `task.init` (say the transformed parameters of an earlier stage).
+      opt_state: that of an earlier stage to go on with, its schedule included; a fresh one without.
     """
+    start = (variables, opt_state)
     if task.map_seeds:
-      fitted = self._fit(stage, task, self.seeds, variables)
+      fitted = self._fit(stage, task, self.seeds, start)
     else:
       self.progress.console.print(f"{self.label} {stage}: seeds one after another")
       parts = []
       for index, seed in enumerate(self.seeds):
-        own = jax.tree.map(lambda x, i=index: x[i : i + 1], variables)
+        own = jax.tree.map(lambda x, i=index: x[i : i + 1], start)
         parts.append(self._fit(f"{stage}-seed{seed}", task, (seed,), own))
       fitted = _together(parts)
     self.parameters = fitted.parameters
@@ -76,7 +80,7 @@ class Lab:
       self.failed.setdefault(seed, f"{stage}: {why}")
     return fitted
 
-  def _fit(self, stage: str, task: Task, seeds: tuple[int, ...], variables: Any) -> loop.Fitted:
+  def _fit(self, stage: str, task: Task, seeds: tuple[int, ...], start: Any) -> loop.Fitted:
     many = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     label = f"{self.label} {stage}, {many}"
     program = Program(task, self.mesh, seeds)
@@ -84,7 +88,7 @@ class Lab:
     writer = self.writer if seeds == self.seeds else metrics.Writer(self.directory, seeds)
     trace = Trace(self.profile, self.directory / "profile" / stage)
     return loop.fit(
-      program, directory, stage, label, writer, self.progress, self.interruption, variables, trace
+      program, directory, stage, label, writer, self.progress, self.interruption, start, trace
     )
 
   def evaluate(
@@ -112,14 +116,15 @@ class Lab:
 
 
 def _together(parts: list[loop.Fitted]) -> loop.Fitted:
-  params, variables = (
+  params, variables, opt_state = (
     jax.tree.map(lambda *x: jnp.concatenate(x), *[getattr(p, field) for p in parts])
-    for field in ("params", "variables")
+    for field in ("params", "variables", "opt_state")
   )
   first = parts[0]
   return loop.Fitted(
     params=params,
     variables=variables,
+    opt_state=opt_state,
     metrics={k: [v for p in parts for v in p.metrics[k]] for k in first.metrics},
     parameters=first.parameters,
     steps=first.steps,

@@ -24,7 +24,7 @@ from launch.interruption import Interruption, Stopped
 from launch.profiling import Clock, Compiler, Trace
 from launch.program import Program
 from launch.progress import Progress
-from launch.task import Evaluation, Source, Task
+from launch.task import Evaluation, Source, State, Task
 
 RECORDS = 100  # training metrics are written about this often in a stage
 READ_S = 0.3  # and brought to the host about this often, in seconds
@@ -37,11 +37,13 @@ STOPPING_S = 10.0  # or, told to stop, four times in this; what preempts gives 3
 class Fitted:
   """A finished stage: what it learnt and how well it does.
 
-  `params` and `variables` have a leading seed axis; `metrics` is `{name: [a value a seed]}`.
+  `params`, `variables` and `opt_state` have a leading seed axis; `metrics` is `{name: [a value a
+  seed]}`.
   """
 
   params: Any
   variables: Any
+  opt_state: Any
   metrics: dict[str, list[float]]
   parameters: int  # trained parameters of one seed
   steps: int
@@ -75,7 +77,7 @@ def fit(
   writer: metrics.Writer,
   progress: Progress,
   interruption: Interruption,
-  variables: Any = None,
+  start: tuple[Any, Any] = (None, None),
   trace: Trace | None = None,
 ) -> Fitted:
   """Trains `program.task` to its last step, from the newest checkpoint if there is one.
@@ -88,7 +90,7 @@ def fit(
     writer: where metrics go.
     progress: where the display goes.
     interruption: read between updates; when set, the state is saved and `Stopped` is raised.
-    variables: start from these instead of `task.init` (leading seed axis), ignored on resuming.
+    start: variables and optimizer state in place of fresh ones, ignored on resuming; see `Lab.fit`.
     trace: which updates to profile.
 
   A seed whose loss or parameters are no longer finite is reported, its metrics are NaN from then
@@ -112,7 +114,7 @@ def fit(
   source, sources = inputs.load(task, label)
   measured = [Measurement(program, name, task.evaluate[name], s) for name, s in sources.items()]
   run = _Run(program, directory, label, writer, source, measured, say)
-  run.begin(variables)
+  run.begin(*start)
   writer.begin(stage, run.step)
   progress.start(label, run.step, task.steps)
   try:
@@ -134,7 +136,7 @@ def fit(
   }
   if jax.process_index() == 0:
     metrics.write_json(done, result)
-  return Fitted(params=run.state.params, variables=run.state.variables, **result)
+  return _fitted(run.state, result)
 
 
 def _finished(program: Program, directory: pathlib.Path, result: dict[str, Any]) -> Fitted | None:
@@ -146,7 +148,12 @@ def _finished(program: Program, directory: pathlib.Path, result: dict[str, Any])
       state, _ = checkpoints.read(result["steps"], program.abstract_state)
     except Damaged:
       return None
-  return Fitted(params=state.params, variables=state.variables, **result)
+  return _fitted(state, result)
+
+
+def _fitted(state: State, result: dict[str, Any]) -> Fitted:
+  kept = {"params": state.params, "variables": state.variables, "opt_state": state.opt_state}
+  return Fitted(**kept, **result)
 
 
 class _Run:
@@ -169,11 +176,11 @@ class _Run:
     self.retry_at: float | None = None  # when a checkpoint that failed is tried again
     self.finite = jax.jit(_finite)
 
-  def begin(self, variables: Any) -> None:
+  def begin(self, variables: Any, opt_state: Any) -> None:
     found = self.checkpoints.restore(self.program.abstract_state, self.say)
     if found is None:
       record: dict[str, Any] = {"next_index": 0, "history": [], "wall_s": 0.0, "failed": {}}
-      self.state = self.program.initial_state(variables)
+      self.state = self.program.initial_state(variables, opt_state)
     else:
       self.state, record = found
     self.step: int = record["next_index"]

@@ -110,47 +110,32 @@ class Program:
       lambda raw: self.task.init(jax.random.fold_in(jax.random.wrap_key_data(raw), 2**31))
     )(keys)
 
-  def _new_state(self, keys: jax.Array, variables: Any) -> State:
+  def _new_state(self, keys: jax.Array, variables: Any, opt_state: Any = None) -> State:
     params = variables["params"]
     return State(
       step=jnp.zeros((), jnp.int32),
       key=keys,
       params=params,
       variables={k: v for k, v in variables.items() if k != "params"},
-      opt_state=jax.vmap(self.task.optimizer.init)(params),
+      opt_state=jax.vmap(self.task.optimizer.init)(params) if opt_state is None else opt_state,
     )
 
-  def initial_state(self, variables: Any = None) -> State:
-    """A fresh state: initialised, or starting from `variables` (leading seed axis)."""
-
+  def initial_state(self, variables: Any = None, opt_state: Any = None) -> State:
+    """A fresh state: initialised, or starting from what is given (leading seed axis)."""
+    state = self.abstract_state
     if variables is not None:
-      self._check_variables(variables)
+      _check_start(variables, {"params": state.params, **state.variables})
+    if opt_state is not None:
+      _check_start({"opt_state": opt_state}, {"opt_state": state.opt_state})
 
-    def new(keys, variables):
+    def new(keys, variables, opt_state):
       if variables is None:
         variables = meshes.unboxed(self._variables(keys))
-      return self._new_state(keys, variables)
+      return self._new_state(keys, variables, opt_state)
 
     with self.context():
-      return jax.jit(new, out_shardings=self.state_shardings)(self._raw_keys(), variables)
-
-  def _check_variables(self, variables: Any) -> None:
-    """What a stage starts from must be what its model has."""
-    state = self.abstract_state
-    wanted, given = (
-      {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-      for flat in (
-        jax.tree_util.tree_leaves_with_path(tree)
-        for tree in ({"params": state.params, **state.variables}, dict(variables))
-      )
-    )
-    for name in [*wanted, *given]:
-      here, there = (
-        f"{x.dtype}{list(x.shape)}" if (x := tree.get(name)) is not None else "nothing"
-        for tree in (wanted, given)
-      )
-      if here != there:
-        raise ConfigurationError(f"start from {name}: {there} is given; the stage has {here}")
+      start = jax.jit(new, out_shardings=self.state_shardings)
+      return start(self._raw_keys(), variables, opt_state)
 
   def context(self):
     return meshes.use(self.mesh, self.task.rules)
@@ -215,9 +200,30 @@ class Program:
     )
 
 
+def _check_start(given: Any, wanted: Any) -> None:
+  """What a stage starts from must be what it has."""
+  leaves = [
+    {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    for flat in map(jax.tree_util.tree_leaves_with_path, (wanted, dict(given)))
+  ]
+  for name in [*leaves[0], *leaves[1]]:
+    here, there = (
+      f"{x.dtype}{list(x.shape)}" if (x := tree.get(name)) is not None else "nothing"
+      for tree in leaves
+    )
+    if here != there:
+      raise ConfigurationError(f"start from {name}: {there} is given; the stage has {here}")
+
+
 def check_divisible(task: Task, mesh: Mesh) -> None:
-  """The batch, and sharded axes of its fields, must divide among the devices."""
-  sizes = [("batch_size", task.batch_size, "batch")]
+  """The batch must divide into microbatches, these and sharded axes among the devices."""
+  if task.microbatches < 1 or task.batch_size % task.microbatches:
+    raise ConfigurationError(
+      f"microbatches = {task.microbatches} of batch_size = {task.batch_size}; a divisor of it is"
+      " accepted"
+    )
+  rows = "batch_size" if task.microbatches == 1 else "batch_size / microbatches"
+  sizes = [(rows, task.batch_size // task.microbatches, "batch")]
   for field, axes in task.axes.items():
     for position, axis in enumerate(axes):
       if axis is not None:

@@ -1,6 +1,7 @@
 """Task: what a training stage needs and nothing else."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -68,6 +69,7 @@ class Task:
       compile the stage with no data at hand.
     data: called once when training starts; returns the training examples. None without steps.
     batch_size: examples an update, over all devices.
+    microbatches: parts of a batch whose gradients the usual `update` makes one after another.
     steps: updates; 0 for a stage that only measures what it starts from.
     evaluate: name -> what is measured, at the end and every `evaluate_every` updates.
     evaluate_every: 0 for the end only.
@@ -88,6 +90,7 @@ class Task:
   optimizer: optax.GradientTransformation
   example: Mapping[str, jax.ShapeDtypeStruct]
   batch_size: int
+  microbatches: int = 1
   steps: int
   data: Callable[[], Source] | None = None
   evaluate: Mapping[str, Evaluation] = dataclasses.field(default_factory=dict)
@@ -142,15 +145,20 @@ def supervised(
 
 
 def independent(
-  init: Callable[[jax.Array], Variables], loss: Loss, models: int
+  init: Callable[[jax.Array], Variables], loss: Loss, models: int, own: str = ""
 ) -> tuple[Callable[[jax.Array], Variables], Loss]:
-  """`init` and `loss` of several models trained side by side that share nothing.
+  """`init` and `loss` of several models trained side by side that share nothing, or a part.
 
   Every variable gets a leading axis with the logical name "models"; under `mesh.MODEL_RULES` each
   device holds and trains its own models, and no gradient is exchanged. Batch fields have the
   models' axis second, (B, models, ...), so that each model may have data of its own.
 
   The loss is the sum over models, its metrics those of all models together.
+
+  Args:
+    own: a regular expression; what has a path that it is not found in, such as
+      `params/layer_0/mlp/up/kernel`, has no such axis and is of all models. Then the loss is the
+      mean over models. Of other collections than `params` everything is a model's own.
   """
 
   def add_axis(x: Any) -> nn.LogicallyPartitioned:
@@ -158,35 +166,76 @@ def independent(
     value, names = (x.value, x.names) if boxed else (x, (None,) * (x.ndim - 1))
     return nn.LogicallyPartitioned(value, ("models", *names))
 
+  def is_own(path: Any) -> bool:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return not name.startswith("params/") or re.search(own, name) is not None
+
   def init_all(key: jax.Array) -> Variables:
-    stacked = jax.vmap(init)(jax.random.split(key, models))
-    return jax.tree.map(add_axis, stacked, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return jax.tree_util.tree_map_with_path(
+      lambda path, one, stacked: add_axis(stacked) if is_own(path) else one,
+      init(key),
+      jax.vmap(init)(jax.random.split(key, models)),
+      is_leaf=lambda x: isinstance(x, nn.Partitioned),
+    )
 
   def loss_all(params, variables, batch, key, *, train, **options):
     def one(params, variables, fields, key):
       whole = {**fields, "mask": batch["mask"]}
       return loss(params, variables, whole, key, train=train, **options)
 
+    axes = jax.tree_util.tree_map_with_path(
+      lambda path, _: 0 if is_own(path) else None, {"params": params}
+    )["params"]
     fields = {name: value for name, value in batch.items() if name != "mask"}
     keys = jax.random.split(key, models)
-    values, (metrics, variables) = jax.vmap(one, (0, 0, 1, 0))(params, variables, fields, keys)
-    return values.sum(), (jax.tree.map(jnp.sum, metrics), variables)
+    values, (metrics, variables) = jax.vmap(one, (axes, 0, 1, 0))(params, variables, fields, keys)
+    alone = all(axis == 0 for axis in jax.tree.leaves(axes, is_leaf=lambda x: x is None))
+    value = values.sum() if alone else values.mean()
+    return value, (jax.tree.map(jnp.sum, metrics), variables)
 
   return init_all, loss_all
 
 
 def gradient_step(task: Task) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
-  """The usual `update`: one optimizer step along the gradient of the loss, for one seed."""
+  """The usual `update`: one optimizer step along the gradient of the loss, for one seed.
+
+  Of several microbatches it is the mean of their gradients, each of its own mean.
+  """
+
+  def gradient(params: Any, variables: Any, batch: Batch, key: jax.Array) -> Any:
+    def loss_fn(params):
+      return task.loss(params, variables, batch, key, train=True)
+
+    (loss, (metrics, variables)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return variables, (grads, {"loss": (loss, jnp.ones(()))} | dict(metrics))
+
+  def accumulated(params: Any, variables: Any, batch: Batch, key: jax.Array) -> Any:
+    parts = task.microbatches
+
+    def split(x: jax.Array) -> jax.Array:  # part i has the rows i, i + parts, ..: of all devices
+      return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    def one(carry: Any, part: Any) -> Any:
+      variables, sums = carry
+      variables, found = gradient(params, variables, *part)
+      return (variables, jax.tree.map(jnp.add, sums, found)), None
+
+    xs = jax.tree.map(split, dict(batch)), jax.random.split(key, parts)
+    first = jax.tree.map(lambda x: x[0], xs)
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype),
+      jax.eval_shape(gradient, params, variables, *first)[1],
+    )
+    (variables, (grads, metrics)), _ = jax.lax.scan(one, (variables, zeros), xs)
+    return variables, (jax.tree.map(lambda g: g / parts, grads), metrics)
 
   def update(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
-    def loss_fn(params):
-      return task.loss(params, state.variables, batch, key, train=True)
-
-    (loss, (metrics, variables)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    found = gradient if task.microbatches == 1 else accumulated
+    variables, (grads, metrics) = found(state.params, state.variables, batch, key)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
     state = state.replace(
       params=optax.apply_updates(state.params, updates), variables=variables, opt_state=opt_state
     )
-    return state, {"loss": (loss, jnp.ones(()))} | dict(metrics)
+    return state, metrics
 
   return update

@@ -6,7 +6,7 @@ Gururangan et al., arXiv:2108.05036, section 4.
     log_probs_KBL = ...                      # log p(x_t | x_<t, D=k) of the tokens that came
     for batch in development:                # from a uniform prior
       prior_K = update_prior(prior_K, log_posterior(log_probs_KBL, prior_K))
-    log_probs_BL = mixture(log_probs_KBL, log_posterior(log_probs_KBL, prior_K))
+    log_probs_BL = ensemble(log_probs_KBL, prior_K)
 
 Probabilities are mixed, neither logits nor log-probabilities. Everything is in float32.
 """
@@ -47,6 +47,11 @@ def log_posterior(
 def mixture(log_probs_KBL: jax.Array, log_weights_KBL: jax.Array) -> jax.Array:
   """log sum_k exp(log_weights) p(x_t | x_<t, D=k): (B, L) float32."""
   return jax.nn.logsumexp(log_probs_KBL.astype(jnp.float32) + log_weights_KBL, axis=0)
+
+
+def ensemble(log_probs_KBL: jax.Array, prior_K: jax.Array, form: str = "cumulative") -> jax.Array:
+  """`mixture` under `log_posterior`: log p(x_t | x_<t) of the ensemble, (B, L) float32."""
+  return mixture(log_probs_KBL, log_posterior(log_probs_KBL, prior_K, form))
 
 
 def update_prior(

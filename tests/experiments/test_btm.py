@@ -55,8 +55,8 @@ def fresh(kind, **overrides):
   return config, task, program
 
 
-def trained(program, batch, variables=None):
-  return jax.device_get(program.update(program.initial_state(variables), batch)[0])
+def trained(program, batch, start=()):
+  return jax.device_get(program.update(program.initial_state(*start), batch)[0])
 
 
 def close(a, b, **options):
@@ -135,7 +135,7 @@ def reference(**overrides):
 def clipped(config, params, moments, grads):
   norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
   grads = jax.tree.map(lambda g: g * jnp.minimum(1, config.optimizer.clip / norm), grads)
-  updates, moments = btm.optimizer(config).update(grads, moments, params)
+  updates, moments = btm.optimizer(config, "dense").update(grads, moments, params)
   return optax.apply_updates(params, updates), moments, norm
 
 
@@ -151,46 +151,45 @@ def test_experts_train_as_they_would_alone(optimizer):
   own = {"optimizer.name": optimizer}
   config, dense, program = fresh("dense", **own)
   state = trained(program, batches(dense, updates=2))
-  whole = {"params": state.params, **state.variables}
+  whole = state.params, state.opt_state
   _, task, experts = fresh("forest", **own)
-  after = trained(experts, batches(dense), btm.branch(whole, task))
+  after = trained(experts, batches(dense), btm.branch(task, *whole))
   norms = []
   for j in range(len(config.domains)):
     rows = (batches(dense)[name][0, 0, :, j] for name in ("inputs", "targets"))
-    start = jax.tree.map(lambda x: x[0], (whole["params"], whole["optimizer"]))
+    start = jax.tree.map(lambda x: x[0], whole)
     params, moments, norm = reference(**own)(*start, *rows)
     norms.append(norm)
     close(jax.tree.map(lambda x, j=j: x[0, j], after.params), params, **WEIGHTS)
     if optimizer == "adamw":
-      mu = jax.tree.map(lambda x, j=j: x[0, j], after.variables["optimizer"][0].mu)
-      close(mu, moments[0].mu, **MOMENTS)
+      mu = jax.tree.map(lambda x, j=j: x[0, j], after.opt_state[1][0].mu)
+      close(mu, moments[1][0].mu, **MOMENTS)
   assert min(norms) > config.optimizer.clip and np.ptp(norms) > 1e-3  # it matters whose norm
 
 
 def test_the_dense_model_reads_all_columns():
   config, dense, program = fresh("dense")
   began = jax.device_get(program.initial_state())
-  start = jax.tree.map(lambda x: x[0], (began.params, began.variables["optimizer"]))
+  start = jax.tree.map(lambda x: x[0], (began.params, began.opt_state))
   batch = batches(dense)
   after = trained(program, batch)
   rows = (batch[name].reshape(-1, config.length) for name in ("inputs", "targets"))
   params, moments, _ = reference()(*start, *rows)
   close(jax.tree.map(lambda x: x[0], after.params), params, **WEIGHTS)
-  close(jax.tree.map(lambda x: x[0], after.variables["optimizer"][0].mu), moments[0].mu, **MOMENTS)
+  close(jax.tree.map(lambda x: x[0], after.opt_state[1][0].mu), moments[1][0].mu, **MOMENTS)
 
 
 def test_the_branch_copies_the_whole_state():
   """Weights, moments and the count of updates, by which the schedule goes on where it was."""
   config, dense, program = fresh("dense")
   state = trained(program, batches(dense, updates=3))
-  whole = {"params": state.params, **state.variables}
-  start = btm.branch(whole, fresh("forest")[1])
-  began = jax.device_get(fresh("forest")[2].initial_state(start))
-  adam, _, schedule = began.variables["optimizer"]
+  start = btm.branch(fresh("forest")[1], state.params, state.opt_state)
+  began = jax.device_get(fresh("forest")[2].initial_state(*start))
+  adam, _, schedule = began.opt_state[1]
   assert int(adam.count[0]) == int(schedule.count[0]) == 3
-  moments = whole["optimizer"][0]
+  moments = state.opt_state[1][0]
   for copied, one in (
-    (began.params, whole["params"]),
+    (began.params, state.params),
     (adam.mu, moments.mu),
     (adam.nu, moments.nu),
   ):
@@ -202,7 +201,7 @@ def test_the_branch_copies_the_whole_state():
 def test_the_schedule_warms_up_once():
   config, _ = tasks(**{"optimizer.total_steps": 100})
   params = {"w": jnp.ones(())}
-  adam = btm.optimizer(config)
+  adam = btm.optimizer(config, "dense")
   state, moved = adam.init(params), []
   for _ in range(100):
     updates, state = adam.update({"w": jnp.ones(())}, state, params)
@@ -243,18 +242,21 @@ def test_demix_shares_all_but_feed_forward_layers():
     total = 0.0
     for j, rows in enumerate(columns):
       own = jax.tree_util.tree_map_with_path(
-        lambda path, x, j=j: x[j] if btm.is_own(path, "demix") else x, params
+        lambda path, x, j=j: (
+          x[j] if "/mlp/" in jax.tree_util.keystr(path, simple=True, separator="/") else x
+        ),
+        params,
       )
       logits = model(config).apply({"params": own}, rows["inputs"])
       total += optax.softmax_cross_entropy_with_integer_labels(logits, rows["targets"]).mean() / 4
     return total
 
-  state = jax.tree.map(lambda x: x[0], (start.params, start.variables["optimizer"]))
+  state = jax.tree.map(lambda x: x[0], (start.params, start.opt_state))
   params, moments, _ = jax.jit(lambda p, m: clipped(config, p, m, jax.grad(loss)(p)))(*state)
   close(jax.tree.map(lambda x: x[0], after.params), params, **WEIGHTS)
-  close(jax.tree.map(lambda x: x[0], after.variables["optimizer"][0].mu), moments[0].mu, **MOMENTS)
+  close(jax.tree.map(lambda x: x[0], after.opt_state[1][0].mu), moments[1][0].mu, **MOMENTS)
   # Spread out, it is a forest like any other.
-  forest = btm.branch({"params": after.params}, tasks()[1]["merged"])["params"]
+  forest = btm.branch(tasks()[1]["merged"], after.params)[0]["params"]
   assert all(x.shape[:2] == (1, 4) for x in jax.tree.leaves(forest))
   np.testing.assert_array_equal(forest["embedding"][:, 3], after.params["embedding"])
   up = [tree["layer_0"]["mlp"]["up"]["kernel"] for tree in (forest, after.params)]
@@ -267,11 +269,11 @@ def test_unseeded_experts_start_apart():
   assert min(np.abs(kernel[i] - kernel[j]).max() for i in range(4) for j in range(i)) > 0.01
 
 
-def test_accumulation_changes_nothing():
-  made = [fresh("forest", **parts) for parts in ({}, {"accumulation": 2})]
+def test_microbatches_change_nothing():
+  made = [fresh("forest", **parts) for parts in ({}, {"microbatches": 2})]
   a, b = (trained(program, batches(task)) for _, task, program in made)
   close(a.params, b.params, **WEIGHTS)
-  close(a.variables["optimizer"][0].mu, b.variables["optimizer"][0].mu, **MOMENTS)
+  close(a.opt_state[1][0].mu, b.opt_state[1][0].mu, **MOMENTS)
 
 
 # Merging
@@ -426,7 +428,7 @@ def test_paper_scale(size, parameters, expert_tokens, steps):
   topology, mesh = btm.TOPOLOGIES[scale]
   gpus = int(topology.removeprefix("v5e-"))
   # Two sequences a device in each of 32 parts of a batch.
-  rows = config.batch_size // config.accumulation
+  rows = config.batch_size // config.microbatches
   assert rows * 8 / gpus == 2 and meshes.parse(mesh) == {"data": 8, "fsdp": gpus // 8}
   with pytest.raises(sources.DatasetNotFound, match="in no package"):
     made["seed"].data()

@@ -1,5 +1,6 @@
 """The seven odd shapes through the engine: claims, seeds, sharding, resume, fresh starts."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import re
@@ -9,11 +10,14 @@ import jax
 import numpy as np
 import optax
 import pytest
+import rich.console
 
-from launch import ConfigurationError, interruption, run, runner
+from launch import ConfigurationError, Task, interruption, run, runner
 from launch import mesh as meshes
 from launch.checkpoints import Checkpoints
+from launch.lab import Lab
 from launch.program import Program
+from launch.progress import Progress
 
 
 def _load():
@@ -162,6 +166,79 @@ def test_a_start_that_does_not_fit_is_named(spoil, message, one_device):
   params = program.initial_state().params
   with pytest.raises(ConfigurationError, match=message):
     program.initial_state({"params": spoil(params)})
+
+
+@pytest.mark.parametrize("map_seeds", [True, False])
+def test_a_stage_goes_on_with_the_optimizer_of_another(map_seeds, one_device, tmp_path):
+  """Two halves of a schedule are the whole; every batch is all of the data."""
+  init, loss = odd.supervised(odd.Network(), odd.cross_entropy, odd.EXAMPLE)
+  rate = optax.linear_schedule(0.1, 0.0, 8)
+  whole = Task(
+    init=init,
+    loss=loss,
+    optimizer=optax.adam(rate),
+    example=odd.EXAMPLE,
+    data=lambda: odd.Clusters(0, odd.BATCH),
+    batch_size=odd.BATCH,
+    steps=8,
+    map_seeds=map_seeds,
+  )
+  half = dataclasses.replace(whole, steps=4)
+  console = rich.console.Console(quiet=True)
+  fit = Lab(one_device, tmp_path, (0, 1), "arm", Progress(console), interruption.Interruption()).fit
+  first = fit("first", half)
+  start = {"params": first.params}
+  second, fresh = fit("second", half, start, first.opt_state), fit("fresh", half, start)
+  want = fit("whole", whole)
+  close(second.params, want.params, rtol=1e-4, atol=1e-6)
+  close(second.opt_state, want.opt_state, rtol=1e-4, atol=1e-6)
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), fresh.params, want.params)
+  assert min(jax.tree.leaves(moved)) > 1e-2
+  close(fit("second", half).opt_state, second.opt_state, rtol=0)  # read back
+  with pytest.raises(ConfigurationError, match="start from opt_state/0/count: nothing is given"):
+    fit("other", half, start, optax.sgd(0.1).init(start))
+
+
+def test_microbatches_are_one_batch(one_device, tmp_path):
+  """Equal masks: the mean of means. What is counted and running statistics see every part."""
+  init, plain = odd.supervised(odd.Network(), odd.cross_entropy, odd.EXAMPLE)
+
+  def loss(params, variables, batch, key, *, train):
+    value, (metrics, _) = plain(params, {}, batch, key, train=train)
+    return value, (metrics, {"seen": {"rows": variables["seen"]["rows"] + batch["mask"].sum()}})
+
+  whole = Task(
+    init=lambda key: init(key) | {"seen": {"rows": np.zeros((), np.float32)}},
+    loss=loss,
+    optimizer=optax.sgd(0.1),
+    example=odd.EXAMPLE,
+    batch_size=odd.BATCH,
+    steps=1,
+  )
+  fields = {k: v[None, None] for k, v in odd.Clusters(0, odd.BATCH).fields.items()}
+  batch = fields | {"mask": np.ones((1, 1, odd.BATCH), np.float32)}
+
+  def updated(parts, mesh):
+    program = Program(dataclasses.replace(whole, microbatches=parts), mesh, (0,))
+    return program, jax.device_get(program.update(program.initial_state(), batch))
+
+  _, (want, metrics) = updated(1, one_device)
+  for parts, sizes in ((4, {"data": 1}), (2, {"data": 8})):
+    program, (state, found) = updated(parts, meshes.make(sizes, jax.devices()[: sizes["data"]]))
+    close(state.params, want.params, rtol=1e-4, atol=1e-6)
+    assert state.variables["seen"]["rows"] == odd.BATCH
+    for name, (total, count) in metrics.items():
+      np.testing.assert_allclose(found[name][0] / found[name][1], total / count, rtol=1e-4)
+    assert found["accuracy"][1] == odd.BATCH
+  # Every part is of all devices: no row moves between them.
+  assert "all-to-all" not in program.compile_update().as_text()
+  assert "collective-permute" not in program.compile_update().as_text()
+  for parts, mesh, message in (
+    (3, one_device, "microbatches = 3 of batch_size = 16; a divisor of it is accepted"),
+    (4, meshes.make({"data": 8}), "batch_size / microbatches = 4 does not divide"),
+  ):
+    with pytest.raises(ConfigurationError, match=message):
+      Program(dataclasses.replace(whole, microbatches=parts), mesh, (0,))
 
 
 def test_frozen_leaves_keep_their_type_and_value(finished, one_device):
