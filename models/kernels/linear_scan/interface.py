@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models.kernels import dispatch, partition
-from models.kernels.linear_scan import partitioned, xla
+from models.kernels.linear_scan import associative, partitioned, xla
 from models.kernels.partition import Axes
 
 # An array, or (re, im).
@@ -31,7 +31,11 @@ Parts = tuple[jax.Array, ...]
 HERE = "models.kernels.linear_scan"
 IMPLEMENTATIONS = {
   "pallas_tpu": dispatch.kernel(f"{HERE}.tpu", "tpu"),
-  "xla": dispatch.Implementation(xla.forward, xla.backward),
+  "xla": dispatch.Implementation(xla.forward, xla.backward, ("cpu",)),
+  "associative": dispatch.Implementation(
+    partial(xla.forward, scan=associative.scan, last=associative.last),
+    partial(xla.backward, adjoint=associative.adjoint),
+  ),
   "mosaic_gpu": dispatch.kernel(f"{HERE}.gpu", "cuda"),
   "pallas_tpu_interpreted": dispatch.interpreted(f"{HERE}.tpu"),
   "mosaic_gpu_interpreted": dispatch.interpreted(f"{HERE}.gpu"),

@@ -183,12 +183,12 @@ def _forward(
   source, target = b_wide or b, y_wide or y
   decay = None if per_step else tuple(part[...] for part in a)
 
-  def step(t: jax.Array, _: int | None, states: tuple[Row, ...]) -> tuple[Row, ...]:
+  def step(t: jax.Array, j: int | None, states: tuple[Row, ...]) -> tuple[Row, ...]:
     after = []
     for r, h in enumerate(states):
-      new = rows.add(rows.times(decay or rows.row(a, r, t), h), rows.row(source, r, t))
+      new = rows.add(rows.times(decay or rows.row(a, r, t, j), h), rows.row(source, r, t, j))
       if target:
-        rows.put(target, r, t, new)
+        rows.put(target, r, t, j, new)
       after.append(new)
     return tuple(after)
 
@@ -233,12 +233,12 @@ def _backward(
     """The state that step t started from."""
     if reverse:
       if j is not None and j < GROUP - 1:
-        return rows.row(states, r, t + 1)
+        return rows.row(states, r, t + 1, j + 1)
       inside = rows.row(states, r, jnp.minimum(t + 1, n - 1))
       first = t == n - 1
     else:
       if j:
-        return rows.row(states, r, t - 1)
+        return rows.row(states, r, t - 1, j - 1)
       inside = rows.row(states, r, jnp.maximum(t - 1, 0))
       first = t == 0
     return tuple(jnp.where(first, e[r], x) for e, x in zip(edge, inside, strict=True))
@@ -246,13 +246,13 @@ def _backward(
   def step(t: jax.Array, j: int | None, carry: Any) -> Any:
     after = []
     for r, (c, total) in enumerate(carry):
-      g = rows.add(rows.row(source, r, t), c)
-      rows.put(target, r, t, g)
+      g = rows.add(rows.row(source, r, t, j), c)
+      rows.put(target, r, t, j, g)
       slope = rows.times(g, rows.conj(before(r, t, j)))
       if per_step:
-        rows.put(da, r, t, slope)
+        rows.put(da, r, t, j, slope)
       summed = total if per_step else rows.add(total, slope)
-      after.append((rows.times(rows.conj(decay or rows.row(a, r, t)), g), summed))
+      after.append((rows.times(rows.conj(decay or rows.row(a, r, t, j)), g), summed))
     return tuple(after)
 
   carry = tuple(

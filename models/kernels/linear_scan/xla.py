@@ -1,4 +1,4 @@
-"""The recurrence as one loop over time, any platform.
+"""The recurrence as one loop over time, for CPUs.
 
 The state at a step overwrites the row of `b` that it is made from: one read and one write an
 element, no transposition of time to the front, no logarithmic tree. On CPU this is several times
@@ -10,6 +10,7 @@ before the loop: within it XLA on CPU would convert the whole buffer at every st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,27 +21,6 @@ Parts = tuple[jax.Array, ...]
 
 # A sequence in memory: its parts, each (..., L, N), or one array (..., L, 2, N) of re and im.
 Buffer = Any
-
-
-def forward(
-  a: Parts, b: Parts, h0: Parts, *, reverse: bool, states: bool = True
-) -> tuple[Parts, Parts]:
-  """See `interface.py`."""
-  if not states:
-    return (), parts(last(a, _cast(b, h0[0].dtype), native(h0), reverse=reverse))
-  y, h_last = scan(a, _cast(b, h0[0].dtype), native(h0), reverse=reverse)
-  return _cast(y, b[0].dtype), parts(h_last)
-
-
-def backward(
-  a: Parts, y: Parts, h0: Parts, dy: Parts, dh_last: Parts, *, reverse: bool
-) -> tuple[Parts, Parts, Parts]:
-  """See `interface.py`."""
-  wide = h0[0].dtype
-  da, db, dh0 = adjoint(
-    a, _cast(y, wide), native(h0), _cast(dy, wide), native(dh_last), reverse=reverse
-  )
-  return da, _cast(db, dy[0].dtype), parts(dh0)
 
 
 def scan(a: Parts, b: Buffer, h0: jax.Array, *, reverse: bool) -> tuple[Buffer, jax.Array]:
@@ -104,9 +84,38 @@ def adjoint(
   if constant:
     da = da + g * jnp.conj(h0)
     return parts(da.sum(axis=tuple(range(da.ndim - 1)))), db, dh0
+  return parts(native(db) * jnp.conj(before(y, h0, reverse=reverse))), db, dh0
+
+
+def forward(
+  a: Parts, b: Parts, h0: Parts, *, reverse: bool, states: bool = True,
+  scan: Callable[..., Any] = scan, last: Callable[..., Any] = last,
+) -> tuple[Parts, Parts]:  # fmt: skip
+  """See `interface.py`."""
+  b_wide, start = _cast(b, h0[0].dtype), native(h0)
+  if not states:
+    return (), parts(last(a, b_wide, start, reverse=reverse))
+  y, h_last = scan(a, b_wide, start, reverse=reverse)
+  return _cast(y, b[0].dtype), parts(h_last)
+
+
+def backward(
+  a: Parts, y: Parts, h0: Parts, dy: Parts, dh_last: Parts, *, reverse: bool,
+  adjoint: Callable[..., Any] = adjoint,
+) -> tuple[Parts, Parts, Parts]:  # fmt: skip
+  """See `interface.py`."""
+  wide = h0[0].dtype
+  da, db, dh0 = adjoint(
+    a, _cast(y, wide), native(h0), _cast(dy, wide), native(dh_last), reverse=reverse
+  )
+  return da, _cast(db, dy[0].dtype), parts(dh0)
+
+
+def before(y: Buffer, h0: jax.Array, *, reverse: bool) -> jax.Array:
+  """The state before each step, native."""
   start, states = h0[..., None, :], native(y)
   pieces = [states[..., 1:, :], start] if reverse else [start, states[..., :-1, :]]
-  return parts(native(db) * jnp.conj(jnp.concatenate(pieces, axis=-2))), db, dh0
+  return jnp.concatenate(pieces, axis=-2)
 
 
 def native(x: Buffer) -> jax.Array:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models.kernels import dispatch, partition
+from models.kernels.linear_scan import associative
 from models.kernels.partition import Axes
 from models.kernels.s5 import partitioned, xla
 
@@ -28,7 +29,10 @@ Pair = tuple[jax.Array, jax.Array]
 
 IMPLEMENTATIONS = {
   "pallas_tpu": dispatch.kernel("models.kernels.s5.tpu", "tpu"),
-  "xla": dispatch.Implementation(xla.forward, xla.backward),
+  "xla": dispatch.Implementation(xla.forward, xla.backward, ("cpu",)),
+  "associative": dispatch.Implementation(
+    partial(xla.forward, scan=associative.scan), partial(xla.backward, adjoint=associative.adjoint)
+  ),
   "pallas_tpu_interpreted": dispatch.interpreted("models.kernels.s5.tpu"),
 }
 

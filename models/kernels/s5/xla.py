@@ -8,6 +8,7 @@ backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,15 +29,16 @@ def forward(
   x0: tuple[Pair, ...],
   *,
   reverses: tuple[bool, ...],
+  scan: Callable[..., Any] = loop.scan,
 ) -> tuple[jax.Array, tuple[Pair, ...], Any]:
-  """See `interface.py`."""
+  """See `interface.py`. `scan` is what runs between the products."""
   low = _factor_dtype(u, D)
   drive_BLcP = _product("blh,cph->blcp", u, jnp.stack(B), low, D.dtype)
   y_BLH = D * u
   states, lasts = [], []
   for k, C_k in enumerate(_output_matrices(C, len(a))):
     v_BLcP = _times(scale[k], drive_BLcP)
-    x_BLcP, last_BP = loop.scan(a[k], v_BLcP, loop.native(x0[k]), reverse=reverses[k])
+    x_BLcP, last_BP = scan(a[k], v_BLcP, loop.native(x0[k]), reverse=reverses[k])
     y_BLH = _product("blcp,chp->blh", x_BLcP, C_k, low, D.dtype) + y_BLH
     states.append(x_BLcP)
     lasts.append(loop.parts(last_BP))
@@ -58,6 +60,7 @@ def backward(
   dx_last: tuple[Pair, ...],
   *,
   reverses: tuple[bool, ...],
+  adjoint: Callable[..., Any] = loop.adjoint,
 ) -> tuple[Any, ...]:
   """See `interface.py`. Gradients in the convention where d of (re, im) is d re + i d im."""
   drive_BLcP, states = saved
@@ -72,7 +75,7 @@ def backward(
   for k, C_k in enumerate(_output_matrices(C, len(a))):
     dC.append(_product("blh,blcp->chp", dy, states[k], low, dtype))
     dx_BLcP = _product("blh,chp->blcp", dy, C_k, low, dtype)
-    da_k, dv_BLcP, dx0_k = loop.adjoint(
+    da_k, dv_BLcP, dx0_k = adjoint(
       a[k], states[k], loop.native(x0[k]), dx_BLcP, loop.native(dx_last[k]), reverse=reverses[k]
     )
     da.append(da_k)

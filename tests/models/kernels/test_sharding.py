@@ -216,7 +216,7 @@ def test_kernels_are_chosen_where_devices_have_their_parts(monkeypatch):
   with jax.set_mesh(mesh()):
     part(b)
     jax.shard_map(part, in_specs=P("x"), out_specs=P("x"))(b)
-  assert chosen == [("xla", "xla"), ("xla", "xla"), ("pallas_tpu", "xla")]
+  assert chosen == [("associative", "xla"), ("associative", "xla"), ("pallas_tpu", "xla")]
 
 
 LAYERS = {
