@@ -1,5 +1,5 @@
 """Global convolutions, as long as the sequence."""
 
-from models.kernels.long_conv.interface import long_conv
+from models.kernels.long_conv.interface import Spectrum, long_conv, spectrum
 
-__all__ = ["long_conv"]
+__all__ = ["Spectrum", "long_conv", "spectrum"]

@@ -17,11 +17,13 @@ is one kernel of such products, see `tpu.py`.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from models.kernels import dispatch, partition
@@ -38,9 +40,47 @@ IMPLEMENTATIONS = {
 }
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["re", "im"], meta_fields=["length"])
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+  """Kernels in the form that sequences are multiplied by.
+
+  re, im: (H, F) float32 or float64: frequencies from 0 to a half, as `jnp.fft.rfft` has them.
+  length: that of the longest sequences they serve.
+  """
+
+  re: jax.Array
+  im: jax.Array
+  length: int
+
+
+def spectrum(
+  k_HT: jax.Array,
+  D_H: jax.Array | None = None,
+  *,
+  k_backward: jax.Array | None = None,
+  length: int,
+) -> Spectrum:
+  """What `long_conv` takes in place of its kernels, where many calls share them.
+
+  Layers that are trained no more, and microbatches: gradients are summed as a spectrum and
+  transformed back once.
+
+  Raises: as `long_conv`, and ValueError for a `length` below 1.
+  """
+  if length < 1:
+    raise ValueError(f"length={length}; accepted: at least 1")
+  k = _array("k_HT", k_HT, None, None)
+  k, k_backward = _kernels(k, D_H, k_backward, length, ())
+  table = _by(xla.spectrum)
+  names = dispatch.choose(table, None)
+  found_HF = dispatch.forward(table, names, k, k_backward, length=length)
+  return Spectrum(found_HF.real, found_HF.imag, length)
+
+
 def long_conv(
   u_BLH: jax.Array,
-  k_HT: jax.Array,
+  k_HT: jax.Array | Spectrum,
   D_H: jax.Array | None = None,
   *,
   k_backward: jax.Array | None = None,
@@ -73,7 +113,8 @@ def long_conv(
 
   Args:
     u_BLH: (B, L, H), floating point. B = 0 and L = 0 are allowed.
-    k_HT: (H, T), taps of the lags 0 .. T-1, T >= 1; floating point.
+    k_HT: (H, T), taps of the lags 0 .. T-1, T >= 1; floating point. Or the `spectrum` of all
+      kernels, by which "fft" and "dft" convolve; the compiler then cuts sharded operands.
     D_H: (H,), the skip; zero by default.
     k_backward: (H, T'), taps of the lags -1 .. -T', T' >= 1; the convolution is causal without.
     gates: (pre, post), each (B, L, H) or None for one; elementwise, as in H3 and Hyena.
@@ -91,24 +132,17 @@ def long_conv(
   if u.ndim != 3:
     raise ValueError(f"u_BLH: shape {u.shape}; accepted: (B, L, H)")
   batch, length, width = u.shape
-  k = _array("k_HT", k_HT, width, None)
-  D = None if D_H is None else _array("D_H", D_H, width)
-  if k_backward is not None:
-    k_backward = _array("k_backward", k_backward, width, None)
   pre, post = (None if gate is None else _array("gates", gate, *u.shape) for gate in gates)
-  given = [x for x in (u, k, D, k_backward, pre, post) if x is not None]
-  for x in given:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise TypeError(f"operand of shape {x.shape}: dtype {x.dtype}; accepted: floating point")
+  sequences = [x for x in (u, pre, post) if x is not None]
+  if isinstance(k_HT, Spectrum):
+    if D_H is not None or k_backward is not None or spec is not None:
+      raise ValueError("D_H, k_backward or spec: given with a spectrum; accepted: None")
+    return _filtered(implementation, k_HT, sequences, u, pre, post)
+  k = _array("k_HT", k_HT, width, None)
+  k, k_backward = _kernels(k, D_H, k_backward, max(length, 1), sequences)
   if u.size == 0:
     return u
 
-  dtype = jnp.result_type(jnp.float32, *given)
-  k = k[:, :length].astype(dtype)
-  if D is not None:
-    k = jnp.concatenate([k[:, :1] + D.astype(dtype)[:, None], k[:, 1:]], axis=1)
-  if k_backward is not None:
-    k_backward = k_backward[:, : length - 1].astype(dtype) if length > 1 else None
   operands = (u, k, k_backward, pre, post)
   dispatch.check(IMPLEMENTATIONS, implementation, *operands)
   axes = partition.find("long_conv", spec, u, (batch, length, width))
@@ -148,6 +182,54 @@ def _run(name: str | None, *operands: Any) -> jax.Array:
 def _run_back(name: str | None, *operands: Any) -> tuple[Any, ...]:
   names = dispatch.choose(IMPLEMENTATIONS, name, *operands[:-1])
   return dispatch.backward(IMPLEMENTATIONS, names, *operands)
+
+
+def _by(function: Any) -> dict[str, dispatch.Implementation]:
+  """`function` with each `fft`, where this is the one of choice."""
+  return {
+    name: IMPLEMENTATIONS[name]._replace(forward=partial(function, fft=by))
+    for name, by in (("fft", fft), ("dft", dft))
+  }
+
+
+def _filtered(
+  implementation: str | None, by: Spectrum, sequences: list[jax.Array], u: jax.Array, *gates: Any
+) -> jax.Array:
+  """XLA differentiates this."""
+  width, length = by.re.shape[0], u.shape[1]
+  if u.shape[2] != width or length > by.length:
+    raise ValueError(f"u_BLH: shape {u.shape}; accepted: (B, up to {by.length}, {width})")
+  dtype = _dtype(*sequences, by.re)
+  if u.size == 0:
+    return u
+  table = _by(xla.filtered)
+  dispatch.check(table, implementation)
+  k_HF = lax.complex(by.re.astype(dtype), by.im.astype(dtype))
+  return dispatch.forward(table, dispatch.choose(table, implementation), u, k_HF, *gates)
+
+
+def _kernels(
+  k: jax.Array, D_H: Any, k_backward: Any, length: int, sequences: Any
+) -> tuple[jax.Array, jax.Array | None]:
+  """Both kernels as a backend takes them, in the dtype to compute in; D is a tap of `k`."""
+  D = None if D_H is None else _array("D_H", D_H, len(k))
+  if k_backward is not None:
+    k_backward = _array("k_backward", k_backward, len(k), None)
+  dtype = _dtype(*sequences, *(x for x in (k, D, k_backward) if x is not None))
+  k = k[:, :length].astype(dtype)
+  if D is not None:
+    k = jnp.concatenate([k[:, :1] + D.astype(dtype)[:, None], k[:, 1:]], axis=1)
+  if k_backward is not None:
+    k_backward = k_backward[:, : length - 1].astype(dtype) if length > 1 else None
+  return k, k_backward
+
+
+def _dtype(*operands: jax.Array) -> Any:
+  """float32, or float64 where an operand is."""
+  for x in operands:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise TypeError(f"operand of shape {x.shape}: dtype {x.dtype}; accepted: floating point")
+  return jnp.result_type(jnp.float32, *operands)
 
 
 def _array(name: str, x: jax.Array, *shape: int | None) -> jax.Array:

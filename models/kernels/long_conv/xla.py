@@ -21,9 +21,21 @@ def forward(
   u: jax.Array, k: jax.Array, k_backward: Optional, pre: Optional, post: Optional, *, fft: Any
 ) -> jax.Array:
   """See `interface.py`."""
-  size = _size(u, k, k_backward)
-  v_BHF = fft.rfft(_rows(u, pre, k.dtype), size)
-  k_HF = fft.rfft(circular(k, k_backward, size), size)
+  return filtered(u, spectrum(k, k_backward, u.shape[1], fft=fft), pre, post, fft=fft)
+
+
+def spectrum(k: jax.Array, k_backward: Optional, length: int, *, fft: Any) -> jax.Array:
+  """(H, F) complex, of kernels for sequences of this length."""
+  size = _size(length, k, k_backward)
+  return fft.rfft(circular(k, k_backward, size), size)
+
+
+def filtered(
+  u: jax.Array, k_HF: jax.Array, pre: Optional, post: Optional, *, fft: Any
+) -> jax.Array:
+  """`forward` of kernels that are transformed already."""
+  size = 2 * (k_HF.shape[1] - 1)
+  v_BHF = fft.rfft(_rows(u, pre, k_HF.real.dtype), size)
   y_BLH = _sequence(fft.irfft(v_BHF * k_HF, size), u.shape[1])
   return _times(post, y_BLH).astype(u.dtype)
 
@@ -41,8 +53,8 @@ def backward(
   """See `interface.py`."""
   # Else the compiler keeps the spectra of the forward pass: two to four times the bytes of `u`.
   u, k, k_backward, pre, post, dy = lax.optimization_barrier((u, k, k_backward, pre, post, dy))
-  size, length = _size(u, k, k_backward), u.shape[1]
-  k_HF = fft.rfft(circular(k, k_backward, size), size)
+  length = u.shape[1]
+  k_HF, size = spectrum(k, k_backward, length, fft=fft), _size(length, k, k_backward)
   v_BHF = fft.rfft(_rows(u, pre, k.dtype), size)
   dy_BHF = fft.rfft(_rows(dy, post, k.dtype), size)
   dv_BLH = _sequence(fft.irfft(jnp.conj(k_HF) * dy_BHF, size), length)
@@ -57,10 +69,10 @@ def backward(
   return _times(pre, dv_BLH).astype(u.dtype), dk_HN[:, : k.shape[1]], dk_backward, dpre, dpost
 
 
-def _size(u: jax.Array, k: jax.Array, k_backward: Optional) -> int:
+def _size(length: int, k: jax.Array, k_backward: Optional) -> int:
   """The least fast even size at which no tap wraps round onto the positions of the sequence."""
   back = 0 if k_backward is None else k_backward.shape[1]
-  least = u.shape[1] + max(k.shape[1] - 1, back)
+  least = length + max(k.shape[1] - 1, back)
   return 2 * next_fast_len(-(-least // 2), real=True)
 
 

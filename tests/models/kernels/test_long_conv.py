@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from models.kernels import dispatch, long_conv
+from models.kernels import dispatch, long_conv, spectrum
 from models.kernels.long_conv import dft, interface, reference
 
 H = 3
@@ -365,3 +365,50 @@ def test_every_platform_has_an_implementation():
   operands, _ = put(problem("causal"))
   chosen = dispatch.choose(interface.IMPLEMENTATIONS, None, *operands.values())
   assert chosen == {"cpu": "fft", "cuda": "fft", "rocm": "fft", "tpu": "dft"}
+
+
+@pytest.mark.parametrize("by", ["fft", "dft"])
+@pytest.mark.parametrize("variant", ["causal", "long kernel", "first gate", "second gate"])
+def test_by_a_spectrum(variant, by):
+  """The same values and gradients, these by way of the spectrum, from one for all lengths."""
+  operands, dy = put(problem(variant))
+  gates = operands.pop("pre", None), operands.pop("post", None)
+  run = partial(long_conv, gates=gates, implementation=by)
+
+  def straight(operands):
+    operands = dict(operands)
+    u, k, D = (operands.pop(name) for name in ("u", "k", "D"))
+    return run(u, k, D, **operands)
+
+  def by_spectrum(operands):
+    operands = dict(operands)
+    u, k, D = (operands.pop(name) for name in ("u", "k", "D"))
+    return run(u, spectrum(k, D, length=u.shape[1] + 3, **operands))
+
+  want, pull = jax.vjp(straight, operands)
+  got, pull_by = jax.vjp(by_spectrum, operands)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  for name, slope in pull(dy)[0].items():
+    np.testing.assert_allclose(pull_by(dy)[0][name], slope, atol=1e-4, err_msg=name)
+
+
+def test_a_spectrum_is_an_operand_like_others():
+  (operands, _), (u2, _) = put(problem("causal")), put(problem("causal", 1, 7, seed=1))
+  found = jax.jit(partial(spectrum, length=11))(operands["k"], operands["D"])
+  run = jax.jit(long_conv)
+  for u in (operands["u"], u2["u"], operands["u"].astype(jnp.bfloat16)):
+    want = long_conv(u, operands["k"], operands["D"])
+    got = run(u, found)
+    assert got.dtype == u.dtype
+    np.testing.assert_allclose(
+      np.float64(got), np.float64(want), atol=2e-5 if u.dtype == jnp.float32 else 6e-2
+    )
+  assert run(operands["u"][:0], found).shape == (0, 11, H)
+  with pytest.raises(ValueError, match=r"u_BLH: shape \(2, 12, 3\); accepted: \(B, up to 11, 3\)"):
+    long_conv(jnp.ones((2, 12, H)), found)
+  with pytest.raises(ValueError, match="given with a spectrum"):
+    long_conv(operands["u"], found, operands["D"])
+  with pytest.raises(ValueError, match="available here: fft, dft"):
+    long_conv(operands["u"], found, implementation="pallas_tpu_interpreted")
+  with pytest.raises(ValueError, match="length=0; accepted: at least 1"):
+    spectrum(operands["k"], length=0)
