@@ -34,12 +34,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from models.kernels import rows
+from models.kernels import mosaic, rows
 from models.kernels.linear_scan import xla
+from models.kernels.mosaic import CHUNK, ENOUGH, WANTED
 from models.kernels.rows import GROUP, Row
 
 Parts = tuple[jax.Array, ...]
@@ -48,8 +48,6 @@ LANES = 128  # channels of a program, one a thread
 STEPS = 32  # time steps of a block, at most
 STAGES = 3  # blocks in shared memory
 BUDGET = 160 * 2**10  # bytes of shared memory for them, of the 227 KiB of an SM
-ENOUGH, WANTED = 64, 132  # programs: fewer are cut in time, into that many
-CHUNK = 256  # steps of a chunk, at least, to be worth two more launches
 AXES = ("batch", "chunk", "channels")  # of the grid; the fourth, time, is the pipeline
 
 
@@ -140,7 +138,7 @@ def forward(
     y, left, _ = _launch(a, b, entered, cut=cut, states=states, **options)
     return y, tuple(part[:, 0 if reverse else -1] for part in left)
 
-  y, h_last = _batched(run)(*_flat(a, b, h0))
+  y, h_last = mosaic.batched(run)(*_flat(a, b, h0))
   return _shaped(y, shape), _shaped(h_last, (*shape[:-2], shape[-1]))
 
 
@@ -159,7 +157,7 @@ def backward(
     da = tuple(part.sum(1) for part in da) if constant else da
     return da, db, tuple(part[:, -1 if reverse else 0] for part in left)
 
-  da, db, dh0 = _batched(run)(*_flat(a, y, h0, dy, dh_last))
+  da, db, dh0 = mosaic.batched(run)(*_flat(a, y, h0, dy, dh_last))
   da = tuple(part.sum(0)[: shape[-1]] for part in da) if constant else _shaped(da, shape)
   return da, _shaped(db, shape), _shaped(dh0, (*shape[:-2], shape[-1]))
 
@@ -338,8 +336,8 @@ def _forward(
       new = rows.times(factor, rows.add(h, drive))
     else:
       new = rows.add(rows.times(factor, h), drive)
-    h = _select(inside, new, h)
-    return (h, _select(inside, rows.times(factor, p), p) if p else p), (h,)
+    h = mosaic.select(inside, new, h)
+    return (h, mosaic.select(inside, rows.times(factor, p), p) if p else p), (h,)
 
   h, p = _sweep(cut, reverse, load, step, (_row(state), _row(running)), (y,))
   _put(state, h)
@@ -367,21 +365,21 @@ def _backward(
 
   decay = _row(a) if a[0].ndim == 1 else ()
   outermost = cut.blocks - 1 if reverse else 0
-  edge = _select(block == outermost, _row(h0), _row(edges))
+  edge = mosaic.select(block == outermost, _row(h0), _row(edges))
   start = jnp.minimum(cut.steps, cut.length - block * cut.steps) - 1 if reverse else 0
 
   def load(t: jax.Array) -> tuple[Row, Row, Row]:
     inside = _row(y, jnp.clip(t + 1 if reverse else t - 1, 0, cut.steps - 1))
-    return decay or _row(a, t), _row(dy, t), _select(t == start, edge, inside)
+    return decay or _row(a, t), _row(dy, t), mosaic.select(t == start, edge, inside)
 
   def step(t: jax.Array, loaded: tuple[Row, Row, Row], carry: tuple[Row, Row]) -> Any:
     (factor, drive, before), (c, total) = loaded, carry
     inside = cut.valid(t, block)
     g = rows.add(drive, c)
     slope = rows.times(g, rows.conj(before))
-    c = _select(inside, rows.times(rows.conj(factor), g), c)
+    c = mosaic.select(inside, rows.times(rows.conj(factor), g), c)
     if total:
-      return (c, _select(inside, rows.add(total, slope), total)), (g,)
+      return (c, mosaic.select(inside, rows.add(total, slope), total)), (g,)
     return (c, total), (g, slope)
 
   targets = (db,) if totals else (db, da)
@@ -400,25 +398,13 @@ def _sweep(
   cut: Blocks, descending: bool, load: Callable[..., Any], step: Callable[..., Any], carry: Any,
   targets: tuple[Any, ...],
 ) -> Any:  # fmt: skip
-  """The carry after all steps of a block: eight are loaded, run and stored at a time.
+  """The carry after all steps; step(t, load(t), carry) returns it and a row for each target."""
 
-  step(t, load(t), carry) returns the carry and a row for each of `targets`.
-  """
-  groups = cut.steps // GROUP
+  def store(t: jax.Array, results: tuple[Row, ...]) -> None:
+    for target, row in zip(targets, results, strict=True):
+      _put(target, row, t)
 
-  def group(i: jax.Array, carry: Any) -> Any:
-    start = (groups - 1 - i if descending else i) * GROUP
-    order = [start + j for j in range(GROUP)[:: -1 if descending else 1]]
-    found = []
-    for t, loaded in [(t, load(t)) for t in order]:
-      carry, results = step(t, loaded, carry)
-      found.append(results)
-    for t, results in zip(order, found, strict=True):
-      for target, row in zip(targets, results, strict=True):
-        _put(target, row, t)
-    return carry
-
-  return lax.fori_loop(0, groups, group, carry)
+  return mosaic.sweep(cut.steps, descending, load, step, carry, store)
 
 
 def _row(x: Any, t: Any = ...) -> Row:
@@ -432,15 +418,6 @@ def _put(x: Any, row: Row, t: Any = ...) -> None:
     part[t] = value.astype(part.dtype)
 
 
-def _select(where: jax.Array | bool, x: Row, y: Row) -> Row:
-  """x or y, by one truth value, which jax 0.12 does not broadcast."""
-  if where is True:
-    return x
-  return tuple(
-    lax.select(jnp.broadcast_to(where, p.shape), p, q) for p, q in zip(x, y, strict=True)
-  )
-
-
 def _cut(*sequences: Parts) -> Blocks:
   """Blocks of these, of which (B, L, N) go through shared memory; the second has that shape."""
   batch, length, width = sequences[1][0].shape
@@ -450,23 +427,6 @@ def _cut(*sequences: Parts) -> Blocks:
   programs = batch * pl.cdiv(width, LANES)
   chunks = max(1, min(pl.cdiv(WANTED, programs), length // CHUNK)) if programs < ENOUGH else 1
   return Blocks(batch, length, width, steps, chunks)
-
-
-def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Mosaic GPU takes no kernel under `vmap`: the new axis joins the first of every operand."""
-  mapped = custom_vmap(function)
-
-  @mapped.def_vmap
-  def _(size: int, is_mapped: Any, *operands: Any) -> Any:
-    def joined(x: jax.Array, has_axis: bool) -> jax.Array:
-      x = x if has_axis else jnp.broadcast_to(x, (size, *x.shape))
-      return x.reshape(-1, *x.shape[2:])
-
-    results = _batched(function)(*jax.tree.map(joined, operands, tuple(is_mapped)))
-    split = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
-    return split, jax.tree.map(lambda _: True, split)
-
-  return mapped
 
 
 def _flat(a: Parts, *others: Parts) -> tuple[Parts, ...]:

@@ -33,7 +33,9 @@ IMPLEMENTATIONS = {
   "associative": dispatch.Implementation(
     partial(xla.forward, scan=associative.scan), partial(xla.backward, adjoint=associative.adjoint)
   ),
+  "mosaic_gpu": dispatch.kernel("models.kernels.s5.gpu", "cuda"),
   "pallas_tpu_interpreted": dispatch.interpreted("models.kernels.s5.tpu"),
+  "mosaic_gpu_interpreted": dispatch.interpreted("models.kernels.s5.gpu"),
 }
 
 

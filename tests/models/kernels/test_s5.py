@@ -28,7 +28,8 @@ VARIANTS = {
 }
 
 
-INTERPRETED = "pallas_tpu_interpreted"
+INTERPRETED = [name for name in interface.IMPLEMENTATIONS if name.endswith("_interpreted")]
+OF_ITS_PARTS = ("constant, reverse", "scale", "two scales", "per step", "only the second scaled")
 HERE = [n for n, row in interface.IMPLEMENTATIONS.items() if jax.default_backend() in row.platforms]
 
 
@@ -40,7 +41,7 @@ def implementation(request):
 @pytest.fixture
 def compiled(implementation):
   """For what says nothing new of a kernel that is interpreted, which is slow."""
-  if implementation == INTERPRETED:
+  if implementation in INTERPRETED:
     pytest.skip("interpreted")
   return implementation
 
@@ -150,8 +151,10 @@ CASES += [("constant, bidirectional", shape) for shape in ((3, 0), (0, 7), (1, 1
 
 @pytest.mark.parametrize("variant, shape", CASES)
 def test_oracle(variant, shape, implementation):
-  if implementation == INTERPRETED and 0 in shape:
+  if implementation == "pallas_tpu_interpreted" and 0 in shape:
     pytest.skip("its blocks are not empty")
+  if implementation == "mosaic_gpu_interpreted" and variant in OF_ITS_PARTS:
+    pytest.skip("in float32 that is XLA's products and the scan's kernel, which others test")
   values = problem(variant, *shape)
   operands, cotangents = jax_operands(values)
   y, x_last, grads = with_gradients(
@@ -315,4 +318,4 @@ def test_errors_name_the_operand():
   with pytest.raises(ValueError, match="implementation='fused': unknown; available here: xla"):
     s5_apply(u, a, B, C, D, implementation="fused")
   # Eight devices and no mesh: XLA may have to cut the operands, so that no kernel is chosen.
-  assert set(dispatch.choose(interface.IMPLEMENTATIONS, None, u).values()) == {"xla"}
+  assert set(dispatch.choose(interface.IMPLEMENTATIONS, None, u, at_once=True).values()) == {"xla"}
