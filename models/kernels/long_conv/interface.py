@@ -12,7 +12,8 @@ dtype to compute in; `y` and `du` have the dtype of `u`, the gates' gradients th
 skip D has become part of `k`, as its tap of lag 0.
 
 "fft" takes XLA's FFT; "dft" makes FFTs of matrix products, which TPUs are better at; "pallas_tpu"
-is one kernel of such products, see `tpu.py`.
+is one kernel of such products, see `tpu.py`, and "mosaic_gpu" another, see `gpu.py`, for bfloat16
+sequences of up to 8,192 steps. It has not run on a GPU, so that only who names it gets it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ IMPLEMENTATIONS = {
   ),
   "pallas_tpu": dispatch.kernel("models.kernels.long_conv.tpu", "tpu"),
   "dft": dispatch.Implementation(partial(xla.forward, fft=dft), partial(xla.backward, fft=dft)),
+  "mosaic_gpu": dispatch.kernel("models.kernels.long_conv.gpu", "cuda"),
+  "mosaic_gpu_interpreted": dispatch.interpreted("models.kernels.long_conv.gpu"),
   "pallas_tpu_interpreted": dispatch.interpreted("models.kernels.long_conv.tpu"),
 }
 
@@ -99,7 +102,7 @@ def long_conv(
 
   Kernels, spectra and sums are float32, or float64 where an operand is. The backward pass keeps the
   operands and nothing else. Second derivatives (`grad` or `jvp` of a gradient) are right, except
-  that the Pallas kernel has none; forward mode alone is refused, as by every `custom_vjp`.
+  that the Pallas kernels have none; forward mode alone is refused, as by every `custom_vjp`.
 
   Operands may be sharded: over batch and features nothing is moved but the sum of a kernel's
   gradient over the batch. Over time the sequences are gathered, or with `spec`, where the devices
@@ -108,7 +111,7 @@ def long_conv(
   An FFT mixes all positions: a NaN, an infinity, or the rounding of a huge input reaches the whole
   of its sequence and feature, and no other; causality holds up to rounding, about 1e-6 of the
   largest output. A NaN in the cotangents does the same to `du` and reaches that feature's `dk`. Of
-  bfloat16 sequences the Pallas kernel rounds what it transforms to bfloat16, and is causal up to
+  bfloat16 sequences the Pallas kernels round what they transform to bfloat16, and are causal up to
   that.
 
   Args:
