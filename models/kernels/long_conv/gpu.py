@@ -36,7 +36,6 @@ import functools
 import operator
 from collections.abc import Callable, Iterator
 from functools import partial
-from inspect import signature
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +55,6 @@ TILE = 64
 SHAPES = ((1, 1), (2, 1), (2, 2))  # tiles of 64 rows and of 64 columns
 WANTED = 1056  # warpgroups: four times what an H100 runs at once, so that the last round is short
 AXES = ("part", "feature")  # of the grid
-WHOLE: dict[str, Any] = {"idx": ()} if "idx" in signature(plgpu.load).parameters else {}  # jax 0.10
 
 
 class Cut(NamedTuple):
@@ -351,7 +349,9 @@ class Unit(NamedTuple):
   def load(self, tile: Any) -> jax.Array:
     if self.interpret or self.cut.wide == 1:
       return tile[...].astype(jnp.float32)
-    return plgpu.load(tile, **WHOLE, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+    layout = plgpu.Layout.WGMMA
+    x = plgpu.load(tile, **mosaic.WHOLE, layout=layout, optimized=False)
+    return x.astype(jnp.float32)
 
   def d(self, part: int, b: Any, a: Any) -> Any:
     """A tile of D."""
