@@ -23,8 +23,8 @@ code, with learned variances; distances are in EfficientNet-lite0's features, he
 published. How long it trained is unknown: `lengths` and the number of samples are ours there.
 FFHQ, AFHQ and MetFaces are in no TFDS set.
 
-Found at laptop scale (4 seeds, `results/p2.json`): with gamma = 0.5 the Fréchet distance is 24, 43
-and 28 % lower after the three lengths. With gamma = 1 it is 29 % lower after 400 updates; 13 and 10
+Found at laptop scale (4 seeds, `results/p2.json`): with gamma = 0.5 the Fréchet distance is 24, 42
+and 26 % lower after the three lengths. With gamma = 1 it is 28 % lower after 400 updates; 13 and 8
 % after 200 and 800 are within chance. Content is learnt 4 and 5 % better, clean-up 2 and 7 % worse,
 as claimed. A lower rate does not do it: `uniform slower` ends where `uniform` does.
 
