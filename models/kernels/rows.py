@@ -51,15 +51,22 @@ def indices_of_32_bits(interpret: bool) -> Iterator[None]:
     yield
 
 
-def row(x: Any, r: int, t: jax.Array) -> Row:
-  """Step t of row r of the batch, of references (R, T, D)."""
-  return tuple(part[r, pl.ds(t, 1), :] for part in x)
+def row(x: Any, r: int, t: jax.Array, j: int | None = None) -> Row:
+  """Step t of row r of the batch, of references (R, T, D); j as in `steps`."""
+  return tuple(_at(part, r, t, j)[...] for part in x)
 
 
-def put(x: Any, r: int, t: jax.Array, row: Row) -> None:
+def put(x: Any, r: int, t: jax.Array, j: int | None, row: Row) -> None:
   """Writes what `row` reads."""
   for part, value in zip(x, row, strict=True):
-    part[r, pl.ds(t, 1), :] = value
+    _at(part, r, t, j)[...] = value
+
+
+def _at(part: Any, r: int, t: jax.Array, j: int | None) -> Any:
+  if j is None:
+    return part.at[r, pl.ds(t, 1), :]
+  # The address of the group is computed once, and its rows are at constant distances from it.
+  return part.at[r, pl.ds(pl.multiple_of(t - j, GROUP), GROUP), :].at[j : j + 1, :]
 
 
 def copy(source: Any, target: Any) -> None:

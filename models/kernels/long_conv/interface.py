@@ -13,7 +13,8 @@ skip D has become part of `k`, as its tap of lag 0.
 
 "fft" takes XLA's FFT; "dft" makes FFTs of matrix products, which TPUs are better at; "pallas_tpu"
 is one kernel of such products, see `tpu.py`, and "mosaic_gpu" another, see `gpu.py`, for bfloat16
-sequences of up to 8,192 steps. It has not run on a GPU, so that only who names it gets it.
+sequences of up to 8,192 steps. It has not run on a GPU, so that only who names it gets it. Short
+kernels go into "pallas_tpu_toeplitz", which convolves directly, see `toeplitz.py`.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ IMPLEMENTATIONS = {
   "fft": dispatch.Implementation(
     partial(xla.forward, fft=fft), partial(xla.backward, fft=fft), ("cpu", "cuda", "rocm")
   ),
+  "pallas_tpu_toeplitz": dispatch.kernel("models.kernels.long_conv.toeplitz", "tpu"),
   "pallas_tpu": dispatch.kernel("models.kernels.long_conv.tpu", "tpu"),
   "dft": dispatch.Implementation(partial(xla.forward, fft=dft), partial(xla.backward, fft=dft)),
   "mosaic_gpu": dispatch.kernel("models.kernels.long_conv.gpu", "cuda"),
   "mosaic_gpu_interpreted": dispatch.interpreted("models.kernels.long_conv.gpu"),
+  "pallas_tpu_toeplitz_interpreted": dispatch.interpreted("models.kernels.long_conv.toeplitz"),
   "pallas_tpu_interpreted": dispatch.interpreted("models.kernels.long_conv.tpu"),
 }
 
@@ -112,7 +115,8 @@ def long_conv(
   of its sequence and feature, and no other; causality holds up to rounding, about 1e-6 of the
   largest output. A NaN in the cotangents does the same to `du` and reaches that feature's `dk`. Of
   bfloat16 sequences the Pallas kernels round what they transform to bfloat16, and are causal up to
-  that.
+  that. Where kernels are so short that "pallas_tpu_toeplitz" takes them, what is not finite reaches
+  no more blocks of 128 steps than the kernel does, and nothing else is mixed.
 
   Args:
     u_BLH: (B, L, H), floating point. B = 0 and L = 0 are allowed.

@@ -22,7 +22,7 @@ import tempfile
 
 GOLDEN = pathlib.Path(__file__).with_name("schedules.json")
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-NAMES = "linear_scan|long_conv|s5"  # of the kernels
+NAMES = "linear_scan|long_conv(_toeplitz)?|s5"  # of the kernels
 
 
 def cases():
@@ -31,6 +31,7 @@ def cases():
   import jax.numpy as jnp
 
   from models.kernels.linear_scan import tpu as scan
+  from models.kernels.long_conv import toeplitz
   from models.kernels.long_conv import tpu as conv
   from models.kernels.s5 import tpu as s5
 
@@ -56,10 +57,11 @@ def cases():
     backward = functools.partial(s5.backward, reverses=(False,))
     return forward, operands, backward, (saved, *operands, u, (state,))
 
-  def of_conv(batch, length, width, dtype, behind=False, gated=False):
-    u, k = array(batch, length, width, dtype=dtype), array(width, length)
-    operands = (u, k, array(width, length - 1) if behind else None, u if gated else None, None)
-    return conv.forward, operands, conv.backward, (*operands, u)
+  def of_conv(batch, length, width, dtype, behind=False, gated=False, taps=None, kernels=conv):
+    taps = taps or length
+    u, k = array(batch, length, width, dtype=dtype), array(width, taps)
+    operands = (u, k, array(width, taps - 1) if behind else None, u if gated else None, None)
+    return kernels.forward, operands, kernels.backward, (*operands, u)
 
   f32, bf16 = jnp.float32, jnp.bfloat16
   both = {
@@ -76,6 +78,11 @@ def cases():
     "conv 1024 bf16": of_conv(8, 1024, 512, bf16),
     "conv 16384 bf16": of_conv(8, 16384, 128, bf16),
     "conv 3000 f32 two-sided, gated": of_conv(4, 3000, 200, f32, behind=True, gated=True),
+    "toeplitz 8192 bf16": of_conv(8, 8192, 512, bf16, taps=128, kernels=toeplitz),
+    "toeplitz 1024 bf16": of_conv(8, 1024, 512, bf16, taps=256, kernels=toeplitz),
+    "toeplitz 3000 f32 two-sided, gated": of_conv(
+      4, 3000, 200, f32, behind=True, gated=True, taps=200, kernels=toeplitz
+    ),
   }
   return {
     f"{name} {way}": made[2 * i : 2 * i + 2]

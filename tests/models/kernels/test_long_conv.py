@@ -32,7 +32,8 @@ VARIANTS = {
 }
 
 
-INTERPRETED = "pallas_tpu_interpreted"
+def interpreted(name):
+  return name.endswith("_interpreted")
 
 
 def _runs(name):
@@ -52,7 +53,7 @@ def implementation(request):
 @pytest.fixture
 def compiled(implementation):
   """For what says nothing new of a kernel that is interpreted, which is slow."""
-  if implementation == INTERPRETED:
+  if interpreted(implementation):
     pytest.skip("interpreted")
   return implementation
 
@@ -116,8 +117,8 @@ CASES += [("long behind", (3, 1)), ("gated", (0, 7)), ("causal", (1, 1000)), ("g
 
 @pytest.mark.parametrize("variant, shape", CASES)
 def test_oracle(variant, shape, implementation):
-  if implementation == INTERPRETED and shape[1] > 11:
-    pytest.skip("see test_long_conv_tpu.py")
+  if interpreted(implementation) and shape[1] > 11:
+    pytest.skip("see test_long_conv_tpu.py, test_long_conv_toeplitz.py")
   values = problem(variant, *shape)
   y, grads = with_gradients(*put(values), implementation=implementation)
   want_y, want = oracle(values)
@@ -201,7 +202,8 @@ def test_a_nan_stays_in_its_sequence_and_feature(implementation):
   other = np.ones((2, H), bool)
   other[1, 2] = False
   # Two sequences that share a transform share its rounding.
-  near = {"rtol": 1e-5, "atol": 1e-5} if implementation == INTERPRETED else {"rtol": 0}
+  shared = implementation == "pallas_tpu_interpreted"
+  near = {"rtol": 1e-5, "atol": 1e-5} if shared else {"rtol": 0}
   for have, want in ((spoilt, clean), (spoilt_grads["u"], grads["u"])):
     np.testing.assert_allclose(have.swapaxes(1, 2)[other], want.swapaxes(1, 2)[other], **near)
   assert np.isnan(spoilt[1, :, 2]).all()
