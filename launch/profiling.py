@@ -72,16 +72,17 @@ class Clock:
     self.steps = 0
 
   def start(self) -> None:
-    self.began = time.perf_counter()
+    self.began, self.waits = time.perf_counter(), 0.0
 
   def waited(self, newest: Any) -> None:
     """The batch is there; `newest` is what the last call returned, or None."""
     if newest is not None and all(leaf.is_ready() for leaf in jax.tree.leaves(newest)):
-      self.waiting += time.perf_counter() - self.began
+      self.waits = time.perf_counter() - self.began
 
   def stop(self, steps: int) -> None:
     if self.warm:  # the first call is slower
       self.busy += time.perf_counter() - self.began
+      self.waiting += self.waits
       self.steps += steps
     self.warm = True
 
