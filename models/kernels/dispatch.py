@@ -99,16 +99,20 @@ def choose(
 
 
 def forward(
-  table: Mapping[str, Implementation], names: Mapping[str, str], *operands: Any, **static: Any
-) -> Any:
-  """Calls `forward` of `names[platform]`, for the platform that the program is compiled for."""
+  table: Mapping[str, Implementation], name: str | None, *operands: Any, at_once: bool = False,
+  **static: Any,
+) -> Any:  # fmt: skip
+  """Calls `forward` of what `choose` names for the platform that the program is compiled for."""
+  names = choose(table, name, *operands, at_once=at_once)
   return _call(names, {n: table[n].forward for n in names.values()}, operands, static)
 
 
 def backward(
-  table: Mapping[str, Implementation], names: Mapping[str, str], *operands: Any, **static: Any
-) -> Any:
-  """As `forward`, for the derivative."""
+  table: Mapping[str, Implementation], name: str | None, given: tuple[Any, ...], *operands: Any,
+  at_once: bool = False, **static: Any,
+) -> Any:  # fmt: skip
+  """As `forward`, for the derivative; `given` are the operands by which to choose."""
+  names = choose(table, name, *given, at_once=at_once)
   return _call(names, {n: table[n].backward for n in names.values()}, operands, static)
 
 

@@ -73,6 +73,15 @@ def batched(function: Callable[..., Any]) -> Callable[..., Any]:
   return mapped
 
 
+def interpreter() -> Any:
+  """What `plgpu.kernel` takes as `interpret`."""
+  if hasattr(plgpu, "InterpretGPUParams"):
+    return plgpu.InterpretGPUParams()
+  from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10
+
+  return InterpretGPUParams()
+
+
 class Machine:
   """The few things that the interpreter of Mosaic GPU kernels has otherwise than a compiler."""
 
@@ -84,12 +93,7 @@ class Machine:
 
   def options(self) -> dict[str, Any]:
     """Arguments for `plgpu.kernel`."""
-    if not self.interpret:
-      return {}
-    # Public since jax 0.12.
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return {"interpret": InterpretGPUParams()}
+    return {"interpret": interpreter()} if self.interpret else {}
 
   def load(self, ref: Any, layout: Any) -> jax.Array:
     """The whole of a reference in registers, arranged in a way."""

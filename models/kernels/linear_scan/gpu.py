@@ -26,7 +26,7 @@ gradient of a constant decay in the order of time; nothing is atomic.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -179,19 +179,28 @@ def _passed(
   factor = factor or _powers(rows.conj(a) if adjoint else a, cut)
   again = _cut(factor, added, added)._replace(chunks=1)
   left, last, _ = _launch(factor, added, first, cut=again, **options)
-  both = zip(first, left, strict=True)
-  pieces = [(y[:, 1:], h) if options["reverse"] else (h, y[:, :-1]) for h, y in both]
-  return tuple(jnp.concatenate(p, axis=1) for p in pieces), tuple(part[:, 0] for part in last)
+  return entering(h, left, reverse=options["reverse"]), tuple(part[:, 0] for part in last)
 
 
 def _powers(a: Parts, cut: Blocks) -> Parts:
-  """The product (B, chunks, N) of a constant decay over the steps of each chunk."""
   each = cut.blocks // cut.chunks
   lengths = [(each + (c < cut.longer)) * cut.steps for c in range(cut.chunks)]
   lengths[-1] -= cut.blocks * cut.steps - cut.length
+  return powers(a, lengths)
+
+
+def powers(a: Parts, lengths: Sequence[int] | np.ndarray) -> Parts:
+  """The product (B, chunks, ...) of a constant decay (B, ...) over the steps of each chunk."""
   some, where = np.unique(lengths, return_inverse=True)
-  powers = jnp.stack([lax.integer_pow(xla.native(a), int(n)) for n in some], axis=1)
-  return xla.parts(powers[:, where])
+  found = jnp.stack([lax.integer_pow(xla.native(a), int(n)) for n in some], axis=1)
+  return xla.parts(found[:, where])
+
+
+def entering(h: Parts, left: Parts, *, reverse: bool) -> Parts:
+  """The state (B, chunks, ...) that enters each chunk: h (B, ...), and those that others leave."""
+  both = [(part[:, None], x) for part, x in zip(h, left, strict=True)]
+  pieces = [(x[:, 1:], first) if reverse else (first, x[:, :-1]) for first, x in both]
+  return tuple(jnp.concatenate(p, axis=1) for p in pieces)
 
 
 def _launch(

@@ -117,7 +117,7 @@ def _scan(
 def _scan_fwd(
   a: Parts, b: Parts, h0: Parts, reverse: bool, implementation: str | None, axes: Axes | None
 ) -> tuple[tuple[Parts, Parts], tuple[Parts, Parts, Any]]:
-  forward = partial(run, implementation)
+  forward = partial(dispatch.forward, IMPLEMENTATIONS, implementation)
   if axes is None:
     y, h_last = forward(a, b, h0, reverse=reverse)
   else:
@@ -135,7 +135,7 @@ def _scan_bwd(
   backward = partial(_run_back, implementation, reverse=reverse)
   if axes is None:
     return backward(*residuals, *cotangents)
-  forward = partial(run, implementation)
+  forward = partial(dispatch.forward, IMPLEMENTATIONS, implementation)
   return partitioned.backward(
     forward, backward, *residuals, *cotangents, reverse=reverse, axes=axes
   )
@@ -144,15 +144,8 @@ def _scan_bwd(
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def run(name: str | None, *operands: Parts, **static: bool) -> tuple[Parts, Parts]:
-  """`forward` of a backend, by its name or the best."""
-  names = dispatch.choose(IMPLEMENTATIONS, name, *operands)
-  return dispatch.forward(IMPLEMENTATIONS, names, *operands, **static)
-
-
 def _run_back(name: str | None, *operands: Parts, reverse: bool) -> tuple[Parts, Parts, Parts]:
-  names = dispatch.choose(IMPLEMENTATIONS, name, *operands[:3])
-  return dispatch.backward(IMPLEMENTATIONS, names, *operands, reverse=reverse)
+  return dispatch.backward(IMPLEMENTATIONS, name, operands[:3], *operands, reverse=reverse)
 
 
 def _parts(name: str, x: Operand) -> Parts:

@@ -55,12 +55,14 @@ def _steps(size: int, dtype: jnp.dtype) -> tuple[np.ndarray, np.ndarray, np.ndar
   first = next(n for n in range(math.isqrt(size - 1) + 1, size + 1) if size % n == 0)
   second = size // first
 
-  def powers(rows: int, columns: int, period: int) -> np.ndarray:
-    exponents = np.outer(np.arange(rows), np.arange(columns)) % period
-    return np.exp(-2j * np.pi / period * exponents).astype(dtype)
-
   return (
-    powers(first, first, first),
-    powers(second // 2 + 1, second, second),
-    powers(first, second, size),
+    powers(first, first, first).astype(dtype),
+    powers(second // 2 + 1, second, second).astype(dtype),
+    powers(first, second, size).astype(dtype),
   )
+
+
+def powers(rows: int, columns: int, period: int) -> np.ndarray:
+  """exp(-2 pi i m n / period) for all m < rows and n < columns."""
+  exponents = np.outer(np.arange(rows), np.arange(columns)) % period
+  return np.exp(-2j * np.pi / period * exponents)

@@ -47,6 +47,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from models.kernels import mosaic, rows
 from models.kernels.long_conv import fft, xla
+from models.kernels.long_conv.dft import powers
 from models.kernels.rows import Row
 
 Optional = jax.Array | None
@@ -234,7 +235,7 @@ def _call(
     num_threads=cut.tall if cut.tall > 1 else None,
     thread_name="warpgroup" if cut.tall > 1 else None,
     kernel_name=f"long_conv{kernel.__name__}",
-    interpret=_interpreter() if interpret else None,
+    interpret=mosaic.interpreter() if interpret else None,
   )
   call = _by_the_host(call, out) if interpret else call
 
@@ -453,14 +454,6 @@ def _shared(tiles: int, dtype: Any = jnp.bfloat16) -> Any:
   return plgpu.SMEM((tiles, TILE, TILE), dtype, transforms=lines)
 
 
-def _interpreter() -> Any:
-  if hasattr(plgpu, "InterpretGPUParams"):
-    return plgpu.InterpretGPUParams()
-  from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10
-
-  return InterpretGPUParams()
-
-
 def _by_the_host(call: Callable[..., Any], out: jax.ShapeDtypeStruct) -> Callable[..., Any]:
   """An interpreted kernel, which has effects, where derivatives allow none."""
   compiled = jax.jit(call)
@@ -541,15 +534,11 @@ def _spectrum(
 
 def _constants(cut: Cut) -> tuple[jax.Array, jax.Array]:
   """Tiles [part, row, column]: D with the cosines and sines of F2, and the twiddles [k1, n2]."""
-  first = np.kron(np.eye(cut.stack), _powers(cut.first, cut.first, cut.first)[:, : cut.first // 2])
+  first = np.kron(np.eye(cut.stack), powers(cut.first, cut.first, cut.first)[:, : cut.first // 2])
   d = np.hstack([first.real, -first.imag]), np.hstack([first.imag, first.real])
-  second = np.conj(_powers(cut.second, cut.second, cut.second))
-  turns = np.tile(_powers(cut.first, cut.second, cut.points), (cut.stack, 1))
+  second = np.conj(powers(cut.second, cut.second, cut.second))
+  turns = np.tile(powers(cut.first, cut.second, cut.points), (cut.stack, 1))
   return _in_tiles(*d, second.real, second.imag), _in_tiles(turns.real, turns.imag)
-
-
-def _powers(rows: int, columns: int, period: int) -> np.ndarray:
-  return np.exp(-2j * np.pi / period * np.outer(np.arange(rows), np.arange(columns)))
 
 
 def _in_tiles(*matrices: np.ndarray) -> jax.Array:

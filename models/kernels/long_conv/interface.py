@@ -78,9 +78,7 @@ def spectrum(
     raise ValueError(f"length={length}; accepted: at least 1")
   k = _array("k_HT", k_HT, None, None)
   k, k_backward = _kernels(k, D_H, k_backward, length, ())
-  table = _by(xla.spectrum)
-  names = dispatch.choose(table, None)
-  found_HF = dispatch.forward(table, names, k, k_backward, length=length)
+  found_HF = dispatch.forward(_by(xla.spectrum), None, k, k_backward, length=length)
   return Spectrum(found_HF.real, found_HF.imag, length)
 
 
@@ -165,9 +163,10 @@ def _apply(implementation: str | None, axes: Axes | None, *operands: Any) -> jax
 
 
 def _apply_fwd(implementation: str | None, axes: Axes | None, *operands: Any) -> Any:
+  run = partial(dispatch.forward, IMPLEMENTATIONS, implementation)
   if axes is None:
-    return _run(implementation, *operands), operands
-  return partitioned.forward(partial(_run, implementation), *operands, axes=axes), operands
+    return run(*operands), operands
+  return partitioned.forward(run, *operands, axes=axes), operands
 
 
 def _apply_bwd(
@@ -181,14 +180,8 @@ def _apply_bwd(
 _apply.defvjp(_apply_fwd, _apply_bwd)
 
 
-def _run(name: str | None, *operands: Any) -> jax.Array:
-  names = dispatch.choose(IMPLEMENTATIONS, name, *operands)
-  return dispatch.forward(IMPLEMENTATIONS, names, *operands)
-
-
 def _run_back(name: str | None, *operands: Any) -> tuple[Any, ...]:
-  names = dispatch.choose(IMPLEMENTATIONS, name, *operands[:-1])
-  return dispatch.backward(IMPLEMENTATIONS, names, *operands)
+  return dispatch.backward(IMPLEMENTATIONS, name, operands[:-1], *operands)
 
 
 def _by(function: Any) -> dict[str, dispatch.Implementation]:
@@ -212,7 +205,7 @@ def _filtered(
   table = _by(xla.filtered)
   dispatch.check(table, implementation)
   k_HF = lax.complex(by.re.astype(dtype), by.im.astype(dtype))
-  return dispatch.forward(table, dispatch.choose(table, implementation), u, k_HF, *gates)
+  return dispatch.forward(table, implementation, u, k_HF, *gates)
 
 
 def _kernels(

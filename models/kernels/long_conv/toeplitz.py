@@ -33,16 +33,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from models.kernels import rows
+from models.kernels.long_conv.tpu import LANES, ORDER, in_rows, sequence, wrong_dtype
 
 Optional = jax.Array | None
 
-LANES = 128  # steps of a block
 ROWS = 512  # blocks of a product
 MOST = 8  # rows of the batch in a program, and features
 MEMORY = 40 * 2**20  # bytes of fast memory; a core has 64 MiB (v5p) or 128 MiB (v5e, v6e)
-ORDER = pltpu.CompilerParams(
-  dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=60 * 2**20
-)
 
 
 class Cut(NamedTuple):
@@ -96,11 +93,8 @@ def refusal(
   u: jax.Array, k: jax.Array, k_backward: Optional, pre: Optional, post: Optional
 ) -> str | None:
   """Why the kernels cannot run these operands, or why those of `tpu.py` should."""
-  if k.dtype != jnp.float32:
-    return f"dtype {k.dtype} of the kernels; it needs float32"
-  for x in (u, pre, post):
-    if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
-      return f"dtype {x.dtype} of a sequence; it needs float32 or bfloat16"
+  if (wrong := wrong_dtype(k, u, pre, post)) is not None:
+    return wrong
   cut = _cut(u, k, k_backward, 2)
   if cut.tiles > (most := _tiles_at_most(u, cut)):
     return f"kernels of {cut.tiles} tiles of 128 taps; up to {most} are faster than by DFT"
@@ -177,14 +171,12 @@ def _call(
 ) -> list[jax.Array]:
   """Of [v] the convolution, of [v, its cotangent] the gradients: of v, and of the kernels, (H, n)
   from the lag 128 `first`."""
-  back, (batch, length, width) = len(sequences) == 2, sequences[0].shape
+  back, (batch, _, width) = len(sequences) == 2, sequences[0].shape
   dtype = sequences[0].dtype
   cut = _cut(sequences[0], k, k_backward, len(sequences))
-  sequence = pl.BlockSpec(
-    (cut.together, cut.features, cut.height, LANES), lambda j, i: (i, j, 0, 0)
-  )
+  block = pl.BlockSpec((cut.together, cut.features, cut.height, LANES), lambda j, i: (i, j, 0, 0))
   kernel = pl.BlockSpec((cut.features, cut.taps, LANES), lambda j, i: (j, 0, 0))
-  stacked = [_rows(x, cut) for x in sequences]
+  stacked = [in_rows(x, batch, cut.height) for x in sequences]
   kernels = _blocks(k, k_backward, cut)
   out = [jax.ShapeDtypeStruct(stacked[0].shape, dtype)]
   tiles = cut.features, cut.tiles, LANES, LANES
@@ -197,8 +189,8 @@ def _call(
     y, *dc = pl.pallas_call(
       partial(_backward if back else _forward, cut=cut),
       grid=(pl.cdiv(width, cut.features), batch // cut.together),
-      in_specs=[sequence] * len(stacked) + [kernel],
-      out_specs=[sequence] + [kernel] * back,
+      in_specs=[block] * len(stacked) + [kernel],
+      out_specs=[block] + [kernel] * back,
       out_shape=out,
       scratch_shapes=scratch,
       compiler_params=ORDER,
@@ -206,8 +198,7 @@ def _call(
       interpret=interpret,
       name="long_conv_toeplitz_backward" if back else "long_conv_toeplitz",
     )(*stacked, kernels)
-  y = y.reshape(batch, width, -1).swapaxes(1, 2)[:, :length]
-  return [y, *(x.reshape(width, -1) for x in dc)]
+  return [sequence(y, sequences[0]), *(x.reshape(width, -1) for x in dc)]
 
 
 def _forward(v: Any, kernels: Any, y: Any, tiles: Any, padded: Any, *, cut: Cut) -> None:
@@ -373,13 +364,6 @@ def _times(x: jax.Array, gate: Optional) -> jax.Array:
   if gate is None:
     return x
   return (x.astype(jnp.float32) * gate.astype(jnp.float32)).astype(x.dtype)
-
-
-def _rows(x: jax.Array, cut: Cut) -> jax.Array:
-  """(B, L, H) as (B, H, h, 128), zeros behind the length."""
-  batch, length, width = x.shape
-  x = jnp.pad(x, ((0, 0), (0, cut.height * LANES - length), (0, 0)))
-  return x.swapaxes(1, 2).reshape(batch, width, cut.height, LANES)
 
 
 def _blocks(k: jax.Array, k_backward: Optional, cut: Cut) -> jax.Array:

@@ -40,6 +40,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from models.kernels import rows
 from models.kernels.long_conv import xla
+from models.kernels.long_conv.dft import powers
 from models.kernels.rows import Row
 
 Optional = jax.Array | None
@@ -131,14 +132,21 @@ def refusal(
   u: jax.Array, k: jax.Array, k_backward: Optional, pre: Optional, post: Optional
 ) -> str | None:
   """Why the kernels cannot run these operands."""
-  if k.dtype != jnp.float32:
-    return f"dtype {k.dtype} of the kernels; it needs float32"
-  for x in (u, pre, post):
-    if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
-      return f"dtype {x.dtype} of a sequence; it needs float32 or bfloat16"
+  if (wrong := wrong_dtype(k, u, pre, post)) is not None:
+    return wrong
   _, points = _points(u, k, k_backward)
   if points > LONGEST:
     return f"a transform of {points * LANES} points; it takes {LONGEST * LANES}"
+  return None
+
+
+def wrong_dtype(k: jax.Array, *sequences: Optional) -> str | None:
+  """Of kernels or sequences, in words."""
+  if k.dtype != jnp.float32:
+    return f"dtype {k.dtype} of the kernels; it needs float32"
+  for x in sequences:
+    if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
+      return f"dtype {x.dtype} of a sequence; it needs float32 or bfloat16"
   return None
 
 
@@ -153,7 +161,7 @@ def forward(
 ) -> jax.Array:
   """See `interface.py`. With `interpret` the kernel's steps run one by one on any platform."""
   (y,) = _call((u, pre, post), k, k_backward, [u.dtype], interpret)
-  return _sequence(y, u)
+  return sequence(y, u)
 
 
 def backward(
@@ -176,10 +184,10 @@ def backward(
   if post is not None:  # what it multiplied, once more, by its cotangent
     dpost = forward(u, k, k_backward, pre, dy, interpret=interpret).astype(post.dtype)
   return (
-    _sequence(du, u),
+    sequence(du, u),
     dk_HN[:, : k.shape[1]],
     dk_backward,
-    _sequence(dpre[0], u) if dpre else None,
+    sequence(dpre[0], u) if dpre else None,
     dpost,
   )
 
@@ -506,14 +514,17 @@ def _held(cut: Cut, sequences: int, signals: int) -> int:
 
 def _rows(x: Optional, cut: Cut) -> tuple[jax.Array, ...]:
   """(B, L, H) as (B, H, h, 128), zeros behind the batch and the length; () where there is none."""
-  if x is None:
-    return ()
+  return () if x is None else (in_rows(x, cut.batch, cut.height),)
+
+
+def in_rows(x: jax.Array, size: int, height: int) -> jax.Array:
+  """(B, L, H) as (size, H, height, 128), zeros behind the batch and the length."""
   batch, length, width = x.shape
-  x = jnp.pad(x, ((0, cut.batch - batch), (0, cut.height * LANES - length), (0, 0)))
-  return (x.swapaxes(1, 2).reshape(cut.batch, width, cut.height, LANES),)
+  x = jnp.pad(x, ((0, size - batch), (0, height * LANES - length), (0, 0)))
+  return x.swapaxes(1, 2).reshape(size, width, height, LANES)
 
 
-def _sequence(x: jax.Array, like: jax.Array) -> jax.Array:
+def sequence(x: jax.Array, like: jax.Array) -> jax.Array:
   """(B, L, H) again."""
   batch, length, width = like.shape
   return x.reshape(x.shape[0], width, -1).swapaxes(1, 2)[:batch, :length]
@@ -529,16 +540,9 @@ def _circular(k: jax.Array, k_backward: Optional, cut: Cut) -> jax.Array:
 @functools.cache
 def _factors(points: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """F1, F2 and the twiddles [k1, n2], complex64."""
-
-  def powers(rows: int, columns: int, period: int) -> np.ndarray:
-    exponents = np.outer(np.arange(rows), np.arange(columns)) % period
-    return np.exp(-2j * np.pi / period * exponents).astype(np.complex64)
-
-  return (
-    powers(points, points, points),
-    powers(LANES, LANES, LANES),
-    powers(points, LANES, points * LANES),
-  )
+  sizes = (points, points, points), (LANES, LANES, LANES), (points, LANES, points * LANES)
+  first, second, turn = (powers(*size).astype(np.complex64) for size in sizes)
+  return first, second, turn
 
 
 def _matrices(cut: Cut, height: int, parts: int, dtype: Any) -> Matrices:

@@ -276,9 +276,7 @@ def _passed(
   )
   steps = np.minimum(cut.turns, cut.blocks - np.arange(cut.chunks) * cut.turns) * STEPS
   steps[-1] -= cut.blocks * STEPS - cut.length
-  some, where = np.unique(steps, return_inverse=True)
-  powers = jnp.stack([lax.integer_pow(loop.native(a), int(n)) for n in some], axis=1)[:, where]
-  factor = loop.parts(jnp.repeat(powers, cut.alike, axis=0))
+  factor = tuple(jnp.repeat(x, cut.alike, axis=0) for x in scan.powers(a, steps))
 
   def flat(pair: Pair) -> Pair:
     return tuple(x.reshape(*x.shape[:-2], -1) for x in pair)
@@ -287,9 +285,7 @@ def _passed(
     flat(factor), flat(added), flat(start), reverse=reverse, interpret=machine.interpret
   )
   left = tuple(x.reshape(z.shape) for x, z in zip(left, zeros, strict=True))
-  both = [(h[:, None], x) for h, x in zip(start, left, strict=True)]
-  pieces = [(x[:, 1:], h) if reverse else (h, x[:, :-1]) for h, x in both]
-  return tuple(jnp.concatenate(p, axis=1) for p in pieces)
+  return scan.entering(start, left, reverse=reverse)
 
 
 def _launch(

@@ -157,7 +157,8 @@ def _apply(
 def _apply_fwd(
   reverses: tuple[bool, ...], implementation: str | None, axes: Axes | None, *operands: Any
 ) -> Any:
-  run = partial(_run, implementation, reverses=reverses)
+  chosen = IMPLEMENTATIONS, implementation
+  run = partial(dispatch.forward, *chosen, at_once=True, reverses=reverses)
   if axes is None:
     y, x_last, saved = run(*operands)
   else:
@@ -179,14 +180,9 @@ def _apply_bwd(
 _apply.defvjp(_apply_fwd, _apply_bwd)
 
 
-def _run(name: str | None, *operands: Any, reverses: tuple[bool, ...]) -> Any:
-  names = dispatch.choose(IMPLEMENTATIONS, name, *operands, at_once=True)
-  return dispatch.forward(IMPLEMENTATIONS, names, *operands, reverses=reverses)
-
-
 def _run_back(name: str | None, saved: Any, *operands: Any, reverses: tuple[bool, ...]) -> Any:
-  names = dispatch.choose(IMPLEMENTATIONS, name, *operands[:-2], at_once=True)
-  return dispatch.backward(IMPLEMENTATIONS, names, saved, *operands, reverses=reverses)
+  options: dict[str, Any] = {"at_once": True, "reverses": reverses}
+  return dispatch.backward(IMPLEMENTATIONS, name, operands[:-2], saved, *operands, **options)
 
 
 def _scale_rows(scale: Pair, B: Pair) -> Pair:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from models.kernels import partition
+from models.kernels import dispatch, partition
 from models.kernels.linear_scan import interface as scan
 from models.kernels.linear_scan import partitioned as scan_partitioned
 from models.kernels.partition import Axes
@@ -100,7 +100,7 @@ def _each(
   passed: Callable[..., Any], a: Any, drives: Any, starts: Any, reverses: Any, axes: Axes
 ) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
   """`passed` for each direction: what enters this part in time, and what leaves the last."""
-  run = partial(scan.run, None)
+  run = partial(dispatch.forward, scan.IMPLEMENTATIONS, None)
   entered, left = zip(
     *(
       passed(run, *sides, reverse=reverse, axes=axes)

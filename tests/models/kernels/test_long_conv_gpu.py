@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.kernels import long_conv
+from models.kernels import long_conv, mosaic
 from models.kernels.long_conv import gpu, reference
 
 f32, bf16 = jnp.float32, jnp.bfloat16
@@ -71,8 +71,8 @@ def test_blocks(case, monkeypatch):
 def test_warpgroups_wait_for_each_other(monkeypatch):
   """The interpreter finds no memory that one writes while the other may be reading it."""
   races = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
-  params = dataclasses.replace(gpu._interpreter(), detect_races=True)
-  monkeypatch.setattr(gpu, "_interpreter", lambda: params)
+  params = dataclasses.replace(mosaic.interpreter(), detect_races=True)
+  monkeypatch.setattr(mosaic, "interpreter", lambda: params)
   monkeypatch.setattr(gpu, "_by_the_host", lambda call, out: call)
   monkeypatch.setattr(gpu, "WANTED", 1)
   gpu._call.cache_clear()
