@@ -232,7 +232,7 @@ ARMS: dict[str, dict[str, Any]] = {
   "uniform": {"lr": LR},
   "gamma 0.5": {"lr": LR, "weight.gamma": 0.5},
   "gamma 1": {"lr": LR, "weight.gamma": 1.0},
-  "uniform slower": {"lr": MEAN_WEIGHT * LR},
+  "uniform slower": {"lr": MEAN_WEIGHT * LR, "lengths": LENGTHS[-1:]},
 }
 P2, RATES = ("gamma 0.5", "gamma 1"), (2e-3, 4e-3, 8e-3)
 
