@@ -176,16 +176,12 @@ def digests(state: Any) -> dict[str, int]:
   unseen, since the hash of a word at its place is one to one.
   """
   flat = jax.tree_util.tree_leaves_with_path(state)
-  values = jax.device_get(_digests([leaf for _, leaf in flat]))
+  values = jax.device_get([_digest(leaf) for _, leaf in flat])
   names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
   return {name: int(value) for name, value in zip(names, values, strict=True)}
 
 
-@jax.jit
-def _digests(leaves: list[jax.Array]) -> list[jax.Array]:
-  return [_digest(leaf) for leaf in leaves]
-
-
+@jax.jit  # of each array, since many have the same shape: one program of all takes long to compile
 def _digest(x: jax.Array) -> jax.Array:
   if x.dtype == bool:
     x = x.astype(jnp.uint8)

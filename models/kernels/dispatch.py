@@ -1,15 +1,15 @@
 """Which implementation of an operation runs, given its name, the platform and the shapes.
 
 An operation keeps a table `{name: Implementation}`, best first, in which one row takes every
-problem on every platform. The rows after it run only when they are named: kernels interpreted step
-by step, which is slow and shows on any machine whether they are right. Nothing else in the
-repository asks for a platform.
+problem on every platform, and is worthwhile. The rows after it run only when they are named:
+kernels interpreted step by step, which is slow and shows on any machine whether they are right.
+Nothing else in the repository asks for a platform.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ class Implementation(NamedTuple):
     no derivative of their own: the operation's `custom_vjp` is outside.
   platforms: those that it runs on.
   refusal: takes the operands of `forward`, returns why it cannot run them, or None where it can.
+  worthwhile: takes them too; where it is false, the implementation runs only if it is named.
   partitioned: whether XLA cuts it between devices. Otherwise it would gather the operands, so that
     the implementation is chosen only where each device has its own part, see `partition.py`.
   """
@@ -33,17 +34,21 @@ class Implementation(NamedTuple):
   backward: Callable[..., Any]
   platforms: tuple[str, ...] = PLATFORMS
   refusal: Callable[..., str | None] = lambda *operands: None
+  worthwhile: Callable[..., bool] = lambda *operands: True
   partitioned: bool = True
 
 
-def kernel(module: str, *platforms: str) -> Implementation:
-  """The `forward`, `backward` and `refusal` of a module of Pallas kernels.
+NAMES = ("forward", "backward", "refusal")
+
+
+def kernel(module: str, *platforms: str, names: Sequence[str] = NAMES) -> Implementation:
+  """The functions of an `Implementation` that a module of Pallas kernels has.
 
   The module is imported when they are called: what it needs of jax is experimental and takes a
   while, and no other platform should have to have it.
   """
-  forward, backward, refusal = (_later(module, n) for n in ("forward", "backward", "refusal"))
-  return Implementation(forward, backward, platforms, refusal, partitioned=False)
+  functions = {name: _later(module, name) for name in names}
+  return Implementation(**functions, platforms=platforms, partitioned=False)
 
 
 def interpreted(module: str) -> Implementation:
@@ -81,7 +86,7 @@ def check(table: Mapping[str, Implementation], name: str | None, *operands: Any)
 def choose(
   table: Mapping[str, Implementation], name: str | None, *operands: Any, at_once: bool = False
 ) -> dict[str, str]:
-  """An implementation for each platform: `name`, or else the first that can run the operands.
+  """An implementation for each platform: `name`, or else the first that is worth running.
 
   A kernel that XLA does not partition is chosen only for the platform that is current, and where
   devices have their own operands. With `at_once` all platforms get what that one has: backends that
@@ -93,7 +98,11 @@ def choose(
 
   def best(platform: str) -> str:
     rows = {n: r for n, r in table.items() if r.partitioned or (apart and platform == here)}
-    return next(n for n, row in rows.items() if _refusal(row, platform, operands) is None)
+    return next(
+      name
+      for name, row in rows.items()
+      if _refusal(row, platform, operands) is None and row.worthwhile(*operands)
+    )
 
   return {platform: best(here if at_once else platform) for platform in PLATFORMS}
 

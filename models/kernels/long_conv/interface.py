@@ -14,7 +14,8 @@ skip D has become part of `k`, as its tap of lag 0.
 "fft" takes XLA's FFT; "dft" makes FFTs of matrix products, which TPUs are better at; "pallas_tpu"
 is one kernel of such products, see `tpu.py`, and "mosaic_gpu" another, see `gpu.py`, for bfloat16
 sequences of up to 8,192 steps. It has not run on a GPU, so that only who names it gets it. Short
-kernels go into "pallas_tpu_toeplitz", which convolves directly, see `toeplitz.py`.
+kernels go into "pallas_tpu_toeplitz", which convolves directly, see `toeplitz.py`; longer ones do
+only if it is named.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ IMPLEMENTATIONS = {
   "fft": dispatch.Implementation(
     partial(xla.forward, fft=fft), partial(xla.backward, fft=fft), ("cpu", "cuda", "rocm")
   ),
-  "pallas_tpu_toeplitz": dispatch.kernel("models.kernels.long_conv.toeplitz", "tpu"),
+  "pallas_tpu_toeplitz": dispatch.kernel(
+    "models.kernels.long_conv.toeplitz", "tpu", names=(*dispatch.NAMES, "worthwhile")
+  ),
   "pallas_tpu": dispatch.kernel("models.kernels.long_conv.tpu", "tpu"),
   "dft": dispatch.Implementation(partial(xla.forward, fft=dft), partial(xla.backward, fft=dft)),
   "mosaic_gpu": dispatch.kernel("models.kernels.long_conv.gpu", "cuda"),

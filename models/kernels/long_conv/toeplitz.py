@@ -16,7 +16,7 @@ Sequences come as for the DFTs of `tpu.py`, (B, H, blocks, 128): one copy of eac
 compiler puts the gates. Nothing is transformed, so that sizes do not mix, and what is not finite
 reaches the blocks that its tiles reach, also a little before it; of a kernel, its feature.
 
-Which of the two is faster, `_tiles_at_most` says.
+Which of the two is faster, `worthwhile` says.
 """
 
 from __future__ import annotations
@@ -92,19 +92,20 @@ class Cut(NamedTuple):
 def refusal(
   u: jax.Array, k: jax.Array, k_backward: Optional, pre: Optional, post: Optional
 ) -> str | None:
-  """Why the kernels cannot run these operands, or why those of `tpu.py` should."""
+  """Why the kernels cannot run these operands."""
   if (wrong := wrong_dtype(k, u, pre, post)) is not None:
     return wrong
   cut = _cut(u, k, k_backward, 2)
-  if cut.tiles > (most := _tiles_at_most(u, cut)):
-    return f"kernels of {cut.tiles} tiles of 128 taps; up to {most} are faster than by DFT"
   if _held(cut, 2, u.dtype.itemsize) > MEMORY:
-    return f"a sequence of {u.shape[1]} steps; it takes what fits into fast memory"
+    taps = cut.tiles * LANES
+    return f"{u.shape[1]} steps and {taps} taps; it takes what fits into fast memory"
   return None
 
 
-def _tiles_at_most(u: jax.Array, cut: Cut) -> int:
-  """Up to how many tiles these kernels are faster than those of `tpu.py`, forward and backward.
+def worthwhile(
+  u: jax.Array, k: jax.Array, k_backward: Optional, pre: Optional, post: Optional
+) -> bool:
+  """Whether these kernels are faster than those of `tpu.py`, forward and backward together.
 
   Bundles of a sequence on v5e, forward + backward, with its share of what is made for a feature
   (loops of `schedules.py`), for eight rows of the batch or two:
@@ -124,8 +125,9 @@ def _tiles_at_most(u: jax.Array, cut: Cut) -> int:
   What is made for a feature grows with its tiles, and must be made up for by its blocks, of which
   each costs six products in float32.
   """
+  cut = _cut(u, k, k_backward, 2)
   blocks = u.shape[0] * cut.height * (4 if u.dtype == jnp.float32 else 1)
-  return 5 if blocks >= 128 else 3 if blocks >= 32 else 2
+  return cut.tiles <= (5 if blocks >= 128 else 3 if blocks >= 32 else 2)
 
 
 def forward(

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.kernels import long_conv
-from models.kernels.long_conv import reference, toeplitz
+from models.kernels import dispatch, long_conv
+from models.kernels.long_conv import interface, reference, toeplitz
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 CASES = {  # (B, L, H), taps of both kernels, gates, dtype, ROWS: h, first, taps, low, tiles
@@ -97,27 +97,43 @@ def test_what_is_not_finite_reaches_what_its_tiles_reach(bad):
 
 
 def test_which_kernels_it_leaves_to_the_dft():
-  def refused(batch, length, taps, dtype=bf16, behind=None):
-    u, k = jax.ShapeDtypeStruct((batch, length, 4), dtype), jax.ShapeDtypeStruct((4, taps), f32)
-    k_backward = behind and jax.ShapeDtypeStruct((4, behind), f32)
-    return toeplitz.refusal(u, k, k_backward, None, None)
+  def worthwhile(batch, length, taps, dtype=bf16, behind=None):
+    operands = _shapes(batch, length, taps, dtype, behind)
+    assert toeplitz.refusal(*operands) is None
+    return toeplitz.worthwhile(*operands)
 
-  assert refused(1, 8192, 257) is refused(1, 1024, 129) is refused(16, 1024, 513) is None
-  assert refused(4, 1024, 513, f32) is refused(1, 8192, 129, behind=128) is None
-  assert refused(1, 1024, 130) == "kernels of 3 tiles of 128 taps; up to 2 are faster than by DFT"
-  assert "6 tiles of 128 taps; up to 5" in refused(16, 1024, 514)
-  assert "4 tiles" in refused(1, 8192, 129, behind=129)
-  assert "a sequence of 10000000 steps" in refused(1, 10_000_000, 3)
+  assert worthwhile(1, 8192, 257) and worthwhile(1, 1024, 129) and worthwhile(16, 1024, 513)
+  assert worthwhile(4, 1024, 513, f32) and worthwhile(1, 8192, 129, behind=128)
+  assert not worthwhile(1, 1024, 130) and not worthwhile(16, 1024, 514)
+  assert not worthwhile(1, 8192, 129, behind=129)
 
 
-def test_other_refusals():
+def test_what_is_not_worthwhile_runs_when_it_is_named(monkeypatch):
+  monkeypatch.setattr(dispatch, "_platform", lambda: "tpu")
+  monkeypatch.setattr(dispatch, "whole", lambda: True)
+  table, operands = interface.IMPLEMENTATIONS, _shapes(1, 1024, 130)
+  name = "pallas_tpu_toeplitz"
+  assert dispatch.choose(table, None, *_shapes(1, 1024, 129))["tpu"] == name
+  assert dispatch.choose(table, None, *operands)["tpu"] == "pallas_tpu"
+  dispatch.check(table, name, *operands)
+  assert dispatch.choose(table, name, *operands)["tpu"] == name
+
+
+def test_refusals():
   u, k = jnp.ones((2, 8, 4)), jnp.ones((4, 8))
   assert toeplitz.refusal(u, k, None, None, None) is None
   assert "float16 of a sequence" in toeplitz.refusal(u.astype(jnp.float16), k, None, None, None)
   assert "float16 of a sequence" in toeplitz.refusal(u, k, None, None, u.astype(jnp.float16))
+  assert "10000000 steps and 256 taps" in toeplitz.refusal(*_shapes(1, 10_000_000, 3))
+  assert "fast memory" in toeplitz.refusal(*_shapes(1, 100_000, 100_000))
   with jax.enable_x64(True):
     wide = jnp.ones((4, 8), jnp.float64)
     assert "float64 of the kernels" in toeplitz.refusal(u, wide, None, None, None)
+
+
+def _shapes(batch, length, taps, dtype=bf16, behind=None):
+  u, k = jax.ShapeDtypeStruct((batch, length, 4), dtype), jax.ShapeDtypeStruct((4, taps), f32)
+  return u, k, behind and jax.ShapeDtypeStruct((4, behind), f32), None, None
 
 
 def test_one_program_with_64_bits_on():
