@@ -432,7 +432,7 @@ def bpe(domain: str, vocab_size: int) -> tokenization.Tokenizer:
   return tokenization.train_bpe((source[i]["text"] for i in range(len(source))), vocab_size)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def windows(
   domain: str,
   split: str,

@@ -3,60 +3,74 @@
     python -m models.kernels.bench
     python -m models.kernels.bench --groups=mixers --lengths=256,1024 --repeats=9 --json=bench.json
 
-Groups, `--groups`:
+Groups, `--groups`, with their peers, see `peers.py`:
 
-* scans: `lax.associative_scan` and `lax.scan`, which move time to the front and back; for a
-  constant decay also `scipy.signal.lfilter` on the host, channel by channel, forward only.
-* s5: the form of its authors: complex elements (L, P) materialised for `lax.associative_scan`,
-  vmapped over the batch. Both discretise by zero-order hold inside the timed function, and both are
-  differentiated with respect to inputs and all parameters.
-* convs: `jnp.fft`, one jit of transform, product and inverse; forward on the host also `scipy.fft`
-  and, where it is installed, `torch.fft`.
+* scans: `lax.associative_scan` and `lax.scan`, which move time to the front and back; of real ones
+  PyTorch's loop or accelerated-scan, flash-linear-attention's HGRN and mamba's scan with one state;
+  for a constant decay `scipy.signal.lfilter` on the host.
+* s5: the form of its authors. Both discretise by zero-order hold inside the timed function, and
+  both are differentiated with respect to inputs and all parameters.
+* convs, also gated: `jnp.fft`; `scipy.fft`, `torch.fft`, flash-fft-conv.
+* gated: RG-LRU against that of recurrentgemma.
 * mixers: one SGConv layer, whose kernel is made anew in every call, against an S4D layer, which
   materialises its kernel likewise, and a causal attention layer of the same width.
+
+What is timed is what runs by default on one device, or each kernel that can run there by its name,
+to which the default is a peer. Peers that are not installed are left out.
 
 Of each call: median time; GB/s of its minimal bytes, every operand read and every result written
 once, and their share of what a copy of a large array reaches in this run; FLOP/s where products
 dominate, and their share of what a square matrix product reaches in this run; seconds of compiling;
-bytes of temporaries. Peers that are not installed are left out.
+bytes of temporaries. `--json` has the times' tenth and ninetieth percentiles too.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich
-import scipy
+import rich.console
 from absl import app, flags
 from jax import lax
 from rich.table import Table
 
 from models.attention import Attention
-from models.kernels import linear_scan, long_conv, s5_apply, timing
+from models.kernels import linear_scan, long_conv, peers, s5_apply, timing
+from models.kernels.linear_scan import interface as scan_interface
+from models.kernels.long_conv import interface as conv_interface
+from models.kernels.peers import Call
+from models.kernels.s5 import interface as s5_interface
 from models.long_conv import SGConv
+from models.recurrent import RGLRU
 from models.ssm import S4D
 
 WIDTH, STATES = 128, 64
 S5_LENGTHS = (256, 1024, 4096, 16384)
-SCANS = {"real": (8, 2048, 256), "complex": (32, 1024, 64)}
-ON_ACCELERATORS = {"real": (8, 4096, 1024), "complex": (8, 4096, 1024)}
+S5_ON_ACCELERATORS = ((128, 64), (512, 256), (1024, 512))  # (H, P)
+SCANS = {"real": ((8, 2048, 256),), "complex": ((32, 1024, 64),)}  # (B, L, N)
+SCANS_ON_ACCELERATORS = {
+  "real": (*((8, 4096, 1024), (8, 16384, 256), (64, 1024, 128), (1, 131072, 512), (1, 16384, 64)),),
+  "complex": ((8, 4096, 1024), (64, 1024, 128)),
+}
 CONVS = ((4, 2048, 64), (2, 16384, 32))  # (B, L, H)
-CONVS_ON_ACCELERATORS = tuple((64, length, 768) for length in (1024, 2048, 4096, 8192))
+CONVS_ON_ACCELERATORS = (
+  *((64, 2**n, 768) for n in range(9, 16)),
+  (1, 2**20, 256),
+)
+GATED, GATED_ON_ACCELERATORS = (8, 2048, 256), (8, 4096, 1024)  # (B, L, H)
 MIXER_LENGTHS = (256, 512, 1024, 2048, 4096)
-GROUPS = ("scans", "s5", "convs", "mixers")
+GROUPS = ("scans", "s5", "convs", "gated", "mixers")
+LONGEST_LOOP = 20_000  # steps that are a launch each
 
 Ours = tuple[Callable[..., Any], tuple[Any, ...]]
-Call = Ours | tuple[timing.Host, tuple[Any, ...]]
 
 
 def accelerated() -> bool:
@@ -81,8 +95,8 @@ def peaks(repeats: int = 9) -> dict[str, float]:
   return {name: work[name] / float(np.median(found[name]["seconds"])) for name in calls}
 
 
-def rows(lengths: Sequence[int] = S5_LENGTHS, repeats: int = 15) -> Iterator[dict[str, Any]]:
-  """One row for each S5 length, forward and with gradients.
+def rows(lengths: Sequence[int] | None = None, repeats: int = 15) -> Iterator[dict[str, Any]]:
+  """Rows for each S5 length, or on an accelerator width, forward and with gradients.
 
   The batch is such that a step is about as large at every length: 8, 4, 2, 1 at the default ones.
 
@@ -91,44 +105,69 @@ def rows(lengths: Sequence[int] = S5_LENGTHS, repeats: int = 15) -> Iterator[dic
     (peak temporaries of the compiled program; None on the host); `error` (of the output's real
     part or of the loss, relative to its largest value).
   """
-  for length in lengths:
-    operands = _s5_operands(max(1, round(8 * (256 / length) ** 0.5)), length)
-    shape = (*operands[0].shape, STATES)
+  if accelerated():
+    sizes = [(8, n, *size) for size in S5_ON_ACCELERATORS for n in lengths or (4096,)]
+  else:
+    some = lengths or S5_LENGTHS
+    sizes = [(max(1, round(8 * (256 / n) ** 0.5)), n, WIDTH, STATES) for n in some]
+  table = s5_interface.IMPLEMENTATIONS
+  for shape in sizes:
+    operands = _s5_operands(*shape)
     products = 8 * math.prod(shape)  # two of (H, P) in, two out, 2 FLOP each
-    for case, wrap, times in (("", lambda f: f, 1), (", gradients", _gradients, 3)):
-      calls = (wrap(_s5), operands), (wrap(_s5_authors), operands)
-      yield _row(f"s5{case}", shape, "authors' form", *calls, repeats, flops=times * products)
+    for case, wrap, times in (("s5", _plain, 1), ("s5, gradients", _gradients, 3)):
+      found = {"authors' form": (wrap(peers.authors_s5), operands)}
+      yield from _against(
+        case, shape, s5_layer, table, operands, found, repeats, wrap, times * products
+      )
 
 
 def scan_rows(repeats: int = 15) -> Iterator[dict[str, Any]]:
   """As `rows`, for the bare scan, with a decay for each step and with a constant one."""
-  peers = {"associative_scan": _associative_scan, "lax.scan": _sequential_scan}
-  shapes = ON_ACCELERATORS if accelerated() else SCANS
-  for kind, shape in shapes.items():
+  shapes = SCANS_ON_ACCELERATORS if accelerated() else SCANS
+  table = scan_interface.IMPLEMENTATIONS
+  for kind, shape in ((kind, shape) for kind, some in shapes.items() for shape in some):
     ours, theirs = _scan_operands(kind, shape)
-    for case, wrap in ((f"{kind} scan", lambda f: f), (f"{kind} scan, gradients", _gradients)):
-      for name, peer in peers.items():
-        yield _row(case, shape, name, (wrap(_scan), ours), (wrap(peer), theirs), repeats)
-  (a_BLN, b_BLN), _ = _scan_operands("real", shapes["real"])
-  a_N = a_BLN[0, 0]
-  decay = np.asarray(a_N, np.float64), np.asarray(b_BLN, np.float64)
-  calls: tuple[Ours, Call] = (_scan, (a_N, b_BLN)), (timing.Host(_lfilter), decay)
-  yield _row("real scan, constant", b_BLN.shape, "scipy lfilter", *calls, repeats)
+    for case, wrap in ((f"{kind} scan", _plain), (f"{kind} scan, gradients", _gradients)):
+      found: dict[str, Call] = {"associative_scan": (wrap(peers.associative_scan), theirs)}
+      if shape[1] <= LONGEST_LOOP:
+        found["lax.scan"] = wrap(peers.sequential_scan), theirs
+      if kind == "real":
+        arrays = np.asarray(ours[0]), np.asarray(ours[1])
+        found |= peers.usable(peers.scans(*arrays, gradients=wrap is _gradients))
+      yield from _against(case, shape, _scan, table, ours, found, repeats, wrap)
+  (a_BLN, b_BLN), _ = _scan_operands("real", shapes["real"][0])
+  found = peers.constant_scans(np.asarray(a_BLN[0, 0]), np.asarray(b_BLN))
+  operands = a_BLN[0, 0], b_BLN
+  yield from _against("constant scan", b_BLN.shape, _scan, table, operands, found, repeats)
 
 
 def conv_rows(repeats: int = 15) -> Iterator[dict[str, Any]]:
   """As `rows`, for causal convolutions as long as the sequence."""
+  table = conv_interface.IMPLEMENTATIONS
   for shape in CONVS_ON_ACCELERATORS if accelerated() else CONVS:
     rng = np.random.default_rng(0)
     dtype = jnp.bfloat16 if accelerated() else jnp.float32
-    u = jnp.asarray(rng.normal(size=shape), dtype)
+    u, pre, post = (jnp.asarray(rng.normal(size=shape), dtype) for _ in range(3))
     k = jnp.asarray(rng.normal(size=(shape[2], shape[1])) / shape[1] ** 0.5, jnp.float32)
-    for case, wrap in (("conv", lambda f: f), ("conv, gradients", _gradients)):
-      calls = (wrap(long_conv), (u, k)), (wrap(_fft_conv), (u, k))
-      yield _row(case, shape, "jnp.fft", *calls, repeats)
-    arrays = np.array(u, np.float32), np.array(k)
-    for name, peer in _host_convs(arrays).items():
-      yield _row("conv", shape, name, (long_conv, (u, k)), peer, repeats)
+    for name, gates in (("conv", ()), ("gated conv", (pre, post))):
+      operands = u, k, *gates
+      arrays = [np.array(x, np.float32) for x in operands]
+      for case, wrap in ((name, _plain), (f"{name}, gradients", _gradients)):
+        found: dict[str, Call] = {"jnp.fft": (wrap(peers.fft_conv), operands)}
+        some = peers.convs(arrays[0], arrays[1], tuple(arrays[2:]), wrap is _gradients)
+        found |= peers.usable(some)
+        yield from _against(case, shape, _conv, table, operands, found, repeats, wrap)
+
+
+def gated_rows(repeats: int = 15) -> Iterator[dict[str, Any]]:
+  """As `rows`, for RG-LRU; none where recurrentgemma is not installed."""
+  shape = GATED_ON_ACCELERATORS if accelerated() else GATED
+  u_BLH = jax.random.normal(jax.random.key(0), shape)
+  params = nn.meta.unbox(RGLRU(blocks=4).init(jax.random.key(1), u_BLH))["params"]
+  table = scan_interface.IMPLEMENTATIONS
+  for case, wrap in (("RG-LRU", _plain), ("RG-LRU, gradients", _gradients)):
+    found = peers.usable(peers.gated(params, u_BLH, wrap))
+    yield from _against(case, shape, _rg_lru, table, (params, u_BLH), found, repeats, wrap)
 
 
 def mixer_rows(
@@ -141,13 +180,13 @@ def mixer_rows(
   """
   for length in lengths:
     u_BLH = jax.random.normal(jax.random.key(0), (batch, length, features))
-    peers = {
+    others = {
       "S4D": (S4D(state=64), repeats),
       "attention": (Attention(heads=4, causal=True), max(3, repeats * 256 // length)),
     }
-    for case, wrap in (("", lambda f: f), (", gradients", _gradients)):
+    for case, wrap in (("", _plain), (", gradients", _gradients)):
       ours = _layer(SGConv(kernel_dim=8, max_length=length), u_BLH, wrap)
-      for name, (peer, calls) in peers.items():
+      for name, (peer, calls) in others.items():
         theirs = _layer(peer, u_BLH, wrap)
         yield _compared(f"SGConv{case}", u_BLH.shape, name, ours, theirs, calls)
 
@@ -161,84 +200,31 @@ def _layer(
   return wrap(lambda p, u: layer.apply({**variables, "params": p}, u)), (params, u_BLH)
 
 
-def _s5(u, lam, B, C, D, log_step):
+def s5_layer(u, lam, B, C, D, log_step, *, implementation=None):
   """The layer on pairs; `lam` and the matrices have a leading axis of (re, im)."""
   step = jnp.exp(log_step)
   lam = lax.complex(lam[0], lam[1])
   a = jnp.exp(lam * step)
   scale = (a - 1) / lam
   operands = (a.real, a.imag), (B[0], B[1]), (2 * C[0], 2 * C[1])
-  return s5_apply(u, *operands, D, scale=(scale.real, scale.imag))[0]
+  kinds = {"scale": (scale.real, scale.imag), "implementation": implementation}
+  return s5_apply(u, *operands, D, **kinds)[0]
 
 
-def _s5_authors(u, lam, B, C, D, log_step):
-  """Every operand complex, every element of the scan materialised."""
-  lam, B, C = (lax.complex(x[0], x[1]) for x in (lam, B, C))
-  a = jnp.exp(lam * jnp.exp(log_step))
-  B = ((a - 1) / lam)[:, None] * B
-
-  def one(u_LH):
-    decays = a * jnp.ones((u_LH.shape[0], a.shape[0]))
-    drive = jax.vmap(lambda u_H: B @ u_H)(u_LH)
-    _, x_LP = lax.associative_scan(_combine, (decays, drive))
-    return jax.vmap(lambda x_P: 2 * (C @ x_P).real)(x_LP) + jax.vmap(lambda u_H: D * u_H)(u_LH)
-
-  return jax.vmap(one)(u)
+def _scan(a, b, *, implementation=None):
+  return linear_scan(a, b, implementation=implementation)[0]
 
 
-def _combine(first, second):
-  return second[0] * first[0], second[0] * first[1] + second[1]
+def _conv(u, k, pre=None, post=None, *, implementation=None):
+  return long_conv(u, k, gates=(pre, post), implementation=implementation)
 
 
-def _scan(a, b):
-  return linear_scan(a, b)[0]
+def _rg_lru(params, u, *, implementation=None):
+  return RGLRU(blocks=4, implementation=implementation).apply({"params": params}, u)
 
 
-def _associative_scan(a, b):
-  return lax.associative_scan(_combine, (a, b), axis=1)[1]
-
-
-def _sequential_scan(a, b):
-  def step(h, element):
-    h = element[0] * h + element[1]
-    return h, h
-
-  a, b = a.swapaxes(0, 1), b.swapaxes(0, 1)
-  return lax.scan(step, jnp.zeros_like(b[0]), (a, b))[1].swapaxes(0, 1)
-
-
-def _lfilter(a_N, b_BLN):
-  channels = [
-    scipy.signal.lfilter([1.0], [1.0, -a], b_BLN[..., n], axis=1) for n, a in enumerate(a_N)
-  ]
-  return np.stack(channels, axis=-1)
-
-
-def _fft_conv(u_BLH, k_HT):
-  length = u_BLH.shape[1]
-  spectrum = jnp.fft.rfft(k_HT.T, 2 * length, axis=0)
-  signal = jnp.fft.rfft(u_BLH.astype(jnp.float32), 2 * length, axis=1)
-  return jnp.fft.irfft(signal * spectrum, axis=1)[:, :length].astype(u_BLH.dtype)
-
-
-def _host_convs(arrays: tuple[np.ndarray, ...]) -> dict[str, Call]:
-  """By other libraries on the host, in the layout (B, H, L) that suits them."""
-  u_BHL, k_HT = np.ascontiguousarray(arrays[0].swapaxes(1, 2)), arrays[1]
-  length = u_BHL.shape[-1]
-
-  def by(fft, u_BHL, k_HT):
-    product = fft.rfft(u_BHL, 2 * length) * fft.rfft(k_HT, 2 * length)
-    return fft.irfft(product, 2 * length)[..., :length].swapaxes(1, 2)
-
-  peers: dict[str, Call] = {
-    "scipy.fft": (timing.Host(functools.partial(by, scipy.fft)), (u_BHL, k_HT))
-  }
-  if importlib.util.find_spec("torch") is not None:
-    import torch
-
-    given = torch.from_numpy(u_BHL), torch.from_numpy(k_HT)
-    peers["torch.fft"] = timing.Host(functools.partial(by, torch.fft)), given
-  return peers
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+  return function
 
 
 def _gradients(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -249,18 +235,19 @@ def _gradients(function: Callable[..., Any]) -> Callable[..., Any]:
   return lambda *operands: jax.value_and_grad(loss)(operands)
 
 
-def _s5_operands(batch: int, length: int) -> tuple[jax.Array, ...]:
+def _s5_operands(batch: int, length: int, width: int, states: int) -> tuple[jax.Array, ...]:
   rng = np.random.default_rng(0)
-  lam = np.stack([np.full(STATES, -0.5), np.pi * np.arange(STATES)])
   operands = (
-    rng.normal(size=(batch, length, WIDTH)),
-    lam,
-    rng.normal(size=(2, STATES, WIDTH)) / WIDTH**0.5,
-    rng.normal(size=(2, WIDTH, STATES)) / STATES**0.5,
-    rng.normal(size=WIDTH),
-    rng.uniform(np.log(1e-3), np.log(1e-1), STATES),
+    np.stack([np.full(states, -0.5), np.pi * np.arange(states)]),
+    rng.normal(size=(2, states, width)) / width**0.5,
+    rng.normal(size=(2, width, states)) / states**0.5,
+    rng.normal(size=width),
+    rng.uniform(np.log(1e-3), np.log(1e-1), states),
   )
-  return tuple(jnp.asarray(x, jnp.float32) for x in operands)
+  u = jnp.asarray(
+    rng.normal(size=(batch, length, width)), jnp.bfloat16 if accelerated() else jnp.float32
+  )
+  return u, *(jnp.asarray(x, jnp.float32) for x in operands)
 
 
 def _scan_operands(kind: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
@@ -277,16 +264,47 @@ def _scan_operands(kind: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
   return ((a.real, a.imag), (b.real, b.imag)), (a, b)
 
 
+def kernels(
+  function: Callable[..., Any], table: Mapping[str, Any], operands: tuple[Any, ...]
+) -> list[str]:
+  """The Pallas kernels of a table that can run the operands on this device."""
+  found = []
+  for name in (name for name, row in table.items() if not row.partitioned):
+    try:
+      jax.eval_shape(functools.partial(function, implementation=name), *operands)
+      found.append(name)
+    except ValueError:  # not here, or not these
+      pass
+  return found
+
+
+def _against(
+  case: str, shape: tuple[int, ...], function: Callable[..., Any], table: Mapping[str, Any],
+  operands: tuple[Any, ...], found: Mapping[str, Call], repeats: int,
+  wrap: Callable[..., Any] = _plain, flops: int | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+  """A row for each peer: of each kernel, or else of what runs by default."""
+  names = kernels(function, table, operands)
+  if not names:
+    for peer, theirs in found.items():
+      yield _row(case, shape, peer, (wrap(function), operands), theirs, repeats, flops)
+  for name in names:
+    ours = wrap(functools.partial(function, implementation=name)), operands
+    for peer, theirs in {"default": (wrap(function), operands), **found}.items():
+      yield _row(f"{case}: {name}", shape, peer, ours, theirs, repeats, flops)
+
+
 def _row(
   case: str, shape: tuple[int, ...], peer: str, ours: Ours, theirs: Call, repeats: int,
   flops: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
   row = _compared(case, shape, peer, ours, theirs, repeats, flops)
   got, want = (
-    np.asarray(jax.tree.leaves(f.function(*x) if isinstance(f, timing.Host) else jax.jit(f)(*x))[0])
+    peers.array(
+      jax.tree.leaves(f.function(*x) if isinstance(f, timing.Host) else jax.jit(f)(*x))[0]
+    )
     for f, x in (ours, theirs)
   )
-  got, want = np.asarray(got.real, np.float32), np.asarray(want.real, np.float32)
   return row | {"error": float(np.abs(got - want).max() / np.abs(want).max())}
 
 
@@ -305,7 +323,8 @@ def _compared(
   row["bytes"] = sum(x.size * x.dtype.itemsize for x in moved)
   for who, result in found.items():
     temporaries = result["temporaries"]
-    row[f"{who}ms"] = 1e3 * float(np.median(result["seconds"]))
+    for name, share in (("ms", 50), ("p10_ms", 10), ("p90_ms", 90)):
+      row[f"{who}{name}"] = 1e3 * float(np.percentile(result["seconds"], share))
     row[f"{who}temp_mb"] = None if temporaries is None else temporaries / 1e6
     row[f"{who}compile_s"] = result["compile_s"]
   return row | {"ratio": row["peer_ms"] / row["ms"]}
@@ -345,12 +364,16 @@ def main(argv: Sequence[str]) -> None:
     "scans": scan_rows,
     "s5": functools.partial(rows, **lengths),
     "convs": conv_rows,
+    "gated": gated_rows,
     "mixers": functools.partial(mixer_rows, **lengths),
   }
   reached = peaks()
   found = [row for name in _GROUPS.value for row in groups[name](repeats=_REPEATS.value)]
-  rich.print(table(found, reached))
-  rich.print(
+  console = rich.console.Console()
+  if not console.is_terminal:
+    console = rich.console.Console(width=170)  # in a file nothing is cut off
+  console.print(table(found, reached))
+  console.print(
     f"a copy: {reached['bytes'] / 1e9:.1f} GB/s; products: {reached['float32'] / 1e12:.2f} TFLOP/s"
     f" in float32, {reached['bfloat16'] / 1e12:.2f} in bfloat16"
   )
