@@ -68,23 +68,22 @@ def adjoint(
   constant = a[0].ndim == 1
   last, first, back = (0, length - 1, 1) if reverse else (length - 1, 0, -1)
 
-  def step(
-    i: jax.Array, carry: tuple[jax.Array, jax.Array, Buffer]
-  ) -> tuple[jax.Array, jax.Array, Buffer]:
+  def at(t: jax.Array) -> jax.Array:
+    return jnp.clip(t, 0, length - 1)
+
+  def step(i: jax.Array, carry: tuple[jax.Array, Any, Buffer]) -> tuple[jax.Array, Any, Buffer]:
     g, da, db = carry
     t = last + back * i
-    if constant:
-      da = da + jnp.where(i == 0, 0, g * jnp.conj(_row(y, t)))
-    decay = jnp.conj(_decay(a, jnp.clip(t - back, 0, length - 1)))
-    g = _row(db, t) + jnp.where(i == 0, 1, decay) * g
-    return g, da, _put(db, g, t)
+    g = _row(db, t) + jnp.where(i == 0, 1, jnp.conj(_decay(a, at(t - back)))) * g
+    before = jnp.where(t == first, h0, _row(y, at(t + back)))
+    slope = g * jnp.conj(before)
+    return g, da + slope if constant else _put(da, slope, t), _put(db, g, t)
 
-  g, da, db = lax.fori_loop(0, length, step, (dh_last, jnp.zeros_like(h0), dy))
-  dh0 = jnp.conj(_decay(a, first)) * g
+  none = jnp.zeros_like(h0) if constant else tuple(jnp.zeros_like(part) for part in a)
+  g, da, db = lax.fori_loop(0, length, step, (dh_last, none, dy))
   if constant:
-    da = da + g * jnp.conj(h0)
-    return parts(da.sum(axis=tuple(range(da.ndim - 1)))), db, dh0
-  return parts(native(db) * jnp.conj(before(y, h0, reverse=reverse))), db, dh0
+    da = parts(da.sum(axis=tuple(range(da.ndim - 1))))
+  return da, db, jnp.conj(_decay(a, first)) * g
 
 
 def forward(
