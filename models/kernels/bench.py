@@ -37,6 +37,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich
 import rich.console
 from absl import app, flags
 from jax import lax
@@ -283,15 +284,21 @@ def _against(
   operands: tuple[Any, ...], found: Mapping[str, Call], repeats: int,
   wrap: Callable[..., Any] = _plain, flops: int | None = None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-  """A row for each peer: of each kernel, or else of what runs by default."""
-  names = kernels(function, table, operands)
-  if not names:
-    for peer, theirs in found.items():
-      yield _row(case, shape, peer, (wrap(function), operands), theirs, repeats, flops)
-  for name in names:
-    ours = wrap(functools.partial(function, implementation=name)), operands
-    for peer, theirs in {"default": (wrap(function), operands), **found}.items():
-      yield _row(f"{case}: {name}", shape, peer, ours, theirs, repeats, flops)
+  """A row for each peer: of each kernel, or else of what runs by default.
+
+  What does not fit into memory is left out, and named.
+  """
+  default = wrap(function), operands
+  races = [(case, default, peer, theirs) for peer, theirs in found.items()]
+  if names := kernels(function, table, operands):
+    others = {"default": default, **found}
+    ours = {n: (wrap(functools.partial(function, implementation=n)), operands) for n in names}
+    races = [(f"{case}: {n}", ours[n], peer, others[peer]) for n in names for peer in others]
+  for label, one, peer, other in races:
+    try:
+      yield _row(label, shape, peer, one, other, repeats, flops)
+    except jax.errors.JaxRuntimeError as error:
+      rich.print(f"{label} {shape} against {peer} is left out: {str(error).splitlines()[0]}")
 
 
 def _row(
@@ -321,6 +328,7 @@ def _compared(
   moved = jax.tree.leaves((operands, jax.eval_shape(function, *operands)))
   row: dict[str, Any] = {"case": case, "shape": list(shape), "peer": peer, "flops": flops}
   row["bytes"] = sum(x.size * x.dtype.itemsize for x in moved)
+  row["dtype"] = str(jax.tree.leaves(operands)[0].dtype)
   for who, result in found.items():
     temporaries = result["temporaries"]
     for name, share in (("ms", 50), ("p10_ms", 10), ("p90_ms", 90)):
@@ -342,7 +350,7 @@ def table(found: Sequence[dict[str, Any]], peaks: dict[str, float] | None = None
     if peaks:
       rate, flops = row["bytes"] / row["ms"] * 1e3, row["flops"]
       shares = [f"{rate / 1e9:.1f}", f"{rate / peaks['bytes']:.0%}"]
-      shares.append("" if flops is None else f"{flops / row['ms'] * 1e3 / peaks['float32']:.0%}")
+      shares.append("" if flops is None else f"{flops / row['ms'] * 1e3 / peaks[row['dtype']]:.0%}")
     numbers = (row[f"{who}{key}"] for key in ("compile_s", "temp_mb") for who in ("", "peer_"))
     view.add_row(
       row["case"],

@@ -34,10 +34,13 @@ def _combine(first, second):
 
 
 def associative_scan(a, b):
+  """h_t = a_t h_{t-1} + b_t of arrays (B, L, N), complex ones native, as a tree."""
   return lax.associative_scan(_combine, (a, b), axis=1)[1]
 
 
 def sequential_scan(a, b):
+  """The same step by step, time moved to the front and back."""
+
   def step(h, element):
     h = element[0] * h + element[1]
     return h, h

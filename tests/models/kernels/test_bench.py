@@ -60,6 +60,19 @@ def test_a_peer_that_does_not_run_is_left_out(capsys):
   assert "bad is left out: no such device" in capsys.readouterr().out
 
 
+def test_what_does_not_fit_is_left_out(monkeypatch, capsys):
+  def full(case, shape, peer, *rest):
+    if peer == "lax.scan":
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
+    return {"peer": peer}
+
+  monkeypatch.setattr(bench, "_row", full)
+  found = [row["peer"] for row in bench.scan_rows(repeats=1)]
+  assert "associative_scan" in found and "lax.scan" not in found
+  words = " ".join(capsys.readouterr().out.split())
+  assert "complex scan (2, 9, 3) against lax.scan is left out: RESOURCE_EXHAUSTED" in words
+
+
 def test_libraries_agree():
   """PyTorch's contestants with those of JAX, and their gradients; and scipy's."""
   rng = np.random.default_rng(0)
