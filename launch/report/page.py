@@ -105,7 +105,7 @@ def _study(run: Run, study: Study, anchor: str) -> dict[str, Any]:
 
   def figures(shown: Sequence[str] | None = None) -> list[Markup]:
     rows = plots.panels(study, run.results, directory, shown)
-    return [Markup(plots.svg(study, panel, anchor)) for row in rows for panel in row]
+    return [Markup(plots.svg(panel, anchor)) for row in rows for panel in row]
 
   return {
     "anchor": anchor,

@@ -6,7 +6,7 @@ import io
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -37,7 +37,14 @@ THEMED = "#123456"  # becomes the colour of the page's text
 Style = dict[str, Any]
 Record = dict[str, Any]
 Curve = tuple[np.ndarray, np.ndarray]  # steps (n,), values (n, S)
-Panel = tuple[str, Callable[[Axes], None]]  # what it shows, and how it is drawn
+
+
+class Panel(NamedTuple):
+  """What is shown, how it is drawn, and how many lines or rows that are."""
+
+  label: str
+  draw: Callable[[Axes], None]
+  lines: int
 
 
 def panels(
@@ -47,6 +54,8 @@ def panels(
   shown: Sequence[str] | None = None,
 ) -> list[list[Panel]]:
   """A row a metric: curves over training, also of unfinished arms, beside the final values.
+
+  Of an only arm, final values `METHOD/GROUP` of the same group are on one panel.
 
   Args:
     study: its arms are drawn in their order.
@@ -58,31 +67,44 @@ def panels(
   records = recorded(study, directory)
   if shown is None:
     shown = drawn(study, measured(arms) or names(records))
-  styles = {
-    a: {
-      "color": PALETTE[i % len(PALETTE)],
-      "marker": SHAPES[i % len(SHAPES)],
-      "linestyle": DASHES[i // len(PALETTE) % len(DASHES)],
-    }
-    for i, a in enumerate(study.arms)
-  }
+  styles = _styles(list(study.arms))
   rows: list[list[Panel]] = []
+  compared = _by_group(shown) if len(study.arms) == 1 else {}
   for metric, sizes in _by_metric(shown).items():
     if sizes:
       draw = functools.partial(_sizes, arms=arms, metric=metric, sizes=sizes, styles=styles)
-      rows.append([(f"{metric} by size: mean and range over seeds", draw)])
+      rows.append([Panel(f"{metric} by size: mean and range over seeds", draw, len(arms))])
       continue
     row: list[Panel] = []
     curves = {a: c for a, rs in records.items() if len((c := curve(rs, metric))[0]) > 1}
     if curves:
       draw = functools.partial(_training, curves=curves, metric=metric, styles=styles)
-      row.append((f"{metric} over training: mean and range over seeds", draw))
+      row.append(Panel(f"{metric} over training: mean and range over seeds", draw, len(arms)))
     ends = {a: arm["metrics"][metric] for a, arm in arms.items() if metric in arm["metrics"]}
+    group, marks = metric, styles
+    if ends and not curves and metric in compared:
+      group, members = compared[metric]
+      if metric != members[0]:
+        continue
+      (values,) = (arm["metrics"] for arm in arms.values())
+      ends = {m.rpartition("/")[0]: values[m] for m in members if m in values}
+      marks = _styles(list(ends))
     if ends:
-      draw = functools.partial(_final, ends=ends, metric=metric, styles=styles)
-      row.append((f"{metric} at the end: seeds, mean, 95 % interval", draw))
+      draw = functools.partial(_final, ends=ends, metric=group, styles=marks)
+      row.append(Panel(f"{group} at the end: seeds, mean, 95 % interval", draw, len(ends)))
     rows.append(row)
   return [row for row in rows if row]
+
+
+def _styles(arms: Sequence[str]) -> dict[str, Style]:
+  return {
+    a: {
+      "color": PALETTE[i % len(PALETTE)],
+      "marker": SHAPES[i % len(SHAPES)],
+      "linestyle": DASHES[i // len(PALETTE) % len(DASHES)],
+    }
+    for i, a in enumerate(arms)
+  }
 
 
 def recorded(study: Study, directory: pathlib.Path) -> dict[str, list[Record]]:
@@ -102,14 +124,14 @@ def plot_study(study: Study, results: Mapping[str, Any], directory: pathlib.Path
   if not rows:
     return
   claims = claims_of(study, results)
-  heights = [_height(study)] * len(rows) + [0.1 + 0.62 * len(claims)]
+  heights = [_height(*row) for row in rows] + [0.1 + 0.62 * len(claims)]
   with mpl.rc_context(STYLE):
     figure = Figure(figsize=(11, sum(heights) + 0.5), layout="constrained")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     figure.suptitle(f"{results['experiment']} ({results['scale']}): {study.name}")
     for index, row in enumerate(rows):
-      for column, (_, draw) in enumerate(row):
-        draw(figure.add_subplot(grid[index, column if len(row) > 1 else slice(None)]))
+      for column, panel in enumerate(row):
+        panel.draw(figure.add_subplot(grid[index, column if len(row) > 1 else slice(None)]))
     _verdicts(figure.add_subplot(grid[-1, :]), claims)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150)
@@ -122,19 +144,18 @@ def plot_study(study: Study, results: Mapping[str, Any], directory: pathlib.Path
   (directory / "plot.png").write_bytes(buffer.getvalue())
 
 
-def svg(study: Study, panel: Panel, where: str = "") -> str:
+def svg(panel: Panel, where: str = "") -> str:
   """A panel as an SVG element, in the colour and typeface of the text around it.
 
   `where` on the page it will be: keeps its identifiers away from those of other elements.
   """
-  label, draw = panel
   ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
   themed: dict[str, Any] = dict.fromkeys((*ink, "grid.color"), THEMED)
-  themed |= {"svg.fonttype": "none", "svg.hashsalt": f"{where} {label}"}
+  themed |= {"svg.fonttype": "none", "svg.hashsalt": f"{where} {panel.label}"}
   buffer = io.StringIO()
   with mpl.rc_context(STYLE | themed):
-    figure = Figure(figsize=(5.2, _height(study)), layout="constrained")
-    draw(figure.subplots())
+    figure = Figure(figsize=(5.2, _height(panel)), layout="constrained")
+    panel.draw(figure.subplots())
     figure.savefig(buffer, format="svg", transparent=True)
   text = buffer.getvalue()
   text = text[text.index("<svg") :]
@@ -144,11 +165,11 @@ def svg(study: Study, panel: Panel, where: str = "") -> str:
   text = re.sub(r' (xmlns(:xlink)?|version|width|height)="[^"]*"', "", text, count=5)
   text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
   text = re.sub(r"\n\s*", "\n", text.replace("xlink:href", "href")).replace(THEMED, "currentColor")
-  return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+  return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(panel.label)}"', 1)
 
 
-def _height(study: Study) -> float:
-  return max(3.1, 0.9 + 0.22 * len(study.arms))
+def _height(*row: Panel) -> float:
+  return max(3.1, 0.9 + 0.22 * max(panel.lines for panel in row))
 
 
 def _by_metric(shown: Sequence[str]) -> dict[str, list[int]]:
@@ -160,6 +181,15 @@ def _by_metric(shown: Sequence[str]) -> dict[str, list[int]]:
       [int(size)] if size.isdigit() else []
     )
   return grouped
+
+
+def _by_group(shown: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
+  """Metric -> the group at its end and all metrics of that, where there are several."""
+  groups: dict[str, list[str]] = {}
+  for metric in shown:
+    if "/" in metric:
+      groups.setdefault(metric.rpartition("/")[2], []).append(metric)
+  return {m: (group, some) for group, some in groups.items() if len(some) > 1 for m in some}
 
 
 def curve(records: Sequence[Record], metric: str) -> Curve:

@@ -139,7 +139,7 @@ def test_curves_are_drawn_in_the_colours_of_the_page(finished):
   (study,) = run_.studies
   rows = plots.panels(study, run_.results, run_.directory(study))
   assert [len(row) for row in rows] == [2, 2]  # a curve and the final values, of two metrics
-  drawings = [plots.svg(study, panel) for row in rows for panel in row]
+  drawings = [plots.svg(panel) for row in rows for panel in row]
   for drawing in drawings:
     assert "currentColor" in drawing
     assert plots.THEMED not in drawing
@@ -339,9 +339,27 @@ def test_metrics_by_size_share_a_panel(tmp_path):
   study = Study("speed", {"a": {}, "b": {}}, plot=list(sizes))
   results = {"experiment": "e", "scale": "laptop", "claims": [], "arms": {"speed/a": arm}}
   rows = plots.panels(study, copy.deepcopy(results), tmp_path)
-  assert [[label for label, _ in row] for row in rows] == [
-    ["time by size: mean and range over seeds"]
-  ]
-  words = Checker(plots.svg(study, rows[0][0])).words
+  assert [[p.label for p in row] for row in rows] == [["time by size: mean and range over seeds"]]
+  words = Checker(plots.svg(rows[0][0])).words
   assert "256" in words
   assert "1024" in words
+
+
+def test_groups_of_an_only_arm_share_a_panel(tmp_path):
+  names = ["dense/known", "merged/known", "dense/new", "merged/new", "error", "lone/other"]
+  values: dict = {name: [1.0 + i, 2.0 + i] for i, name in enumerate(names)}
+  arm = {"params": 1, "steps": 0, "wall_s": 1.0, "metrics": values}
+  results = {"experiment": "e", "scale": "laptop", "claims": []}
+
+  def labels(arms):
+    study = Study("one", {a: {} for a in arms}, plot=names)
+    made = results | {"arms": {f"one/{a}": arm for a in arms}}
+    rows = plots.panels(study, copy.deepcopy(made), tmp_path)
+    return rows, [p.label.partition(" at the end")[0] for row in rows for p in row]
+
+  rows, found = labels(["a"])
+  assert found == ["known", "new", "error", "lone/other"]
+  assert rows[0][0].lines == 2
+  words = Checker(plots.svg(rows[0][0])).words
+  assert "dense" in words and "merged" in words
+  assert labels(["a", "b"])[1] == names
