@@ -25,16 +25,16 @@ megabyte what AdamW and learned positions do not (2.6 against 3.8 bits); the lea
 dense model's best. All methods are measured in one run of each seed, from one seed phase.
 
 Found at laptop scale (3 seeds, `results/btm.json`): in domains trained on the ensemble is 2.6 %
-below the dense model, for every seed but with the margin inside the interval, and as far below
-DeMix. So is the prior's average, which is one model: the prior is all but sure of the domain. Random
-splits are 5 % and experts without a seed 6 % above the dense model; the latter's averages are
-ruined. The uniform average is 9 % above it: half of the updates, at these rates, take experts far
-apart. Of held-out domains the claim is refuted: 2.2 % above the dense model, no better than random
-splits. Presumably four experts, of one megabyte in all, know too little of other domains, and the
-posterior is too sure of itself: the released one-token form, which forgets, is 1 % below the
-cumulative form in domains trained on and 3 % in others, where it is 1 % below the dense model (no
-claim was made of it). One expert does as well as all where its domain is known and 2 % worse
-elsewhere; two are within half a percent everywhere.
+below the dense model, for every seed but with the margin inside the interval; it is 2.3 % below
+DeMix, which is within chance. As good is the prior's average, which is one model: the prior is all
+but sure of the domain. Random splits are 5 % and experts without a seed 6 % above the dense model;
+the latter's averages are ruined. The uniform average is 9 % above it: half of the updates, at these
+rates, take experts far apart. Of held-out domains the claim is refuted: 2.2 % above the dense
+model, no better than random splits. Presumably four experts, of one megabyte in all, know too
+little of other domains, and the posterior is too sure of itself: the released one-token form, which
+forgets, is 1 % below the cumulative form in domains trained on and 3 % in others, where it is 1 %
+below the dense model (no claim was made of it). One expert does as well as all where its domain is
+known and 2 % worse elsewhere; two are within half a percent everywhere.
 
 Paper scale: the four sizes with the authors' budgets, GPUs as chips, in bfloat16 for fp16. Numbers
 of tokens in the vocabulary (recalled) and rematerialisation are ours. The DeMix corpus is in no
