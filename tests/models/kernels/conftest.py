@@ -18,6 +18,13 @@ platform_name: "CUDA"
 """
 
 
+@pytest.fixture(autouse=True)
+def _exact_products():
+  """Of XLA on a GPU, which otherwise rounds the factors of float32 products."""
+  with jax.default_matmul_precision("highest" if jax.default_backend() == "gpu" else None):
+    yield
+
+
 @pytest.fixture
 def whole_passes_in_loops():
   """A function of (function, operands, shape): copies of whole arrays inside compiled loops.

@@ -34,6 +34,8 @@ INTERPRETED = [name for name in interface.IMPLEMENTATIONS if name.endswith("_int
 
 
 def _runs(name):
+  if name in INTERPRETED and jax.default_backend() != "cpu":
+    return False  # where kernels run they are not interpreted as well
   operands = (jnp.ones(128),), (jnp.ones((8, 128, 128)),), (jnp.ones((8, 128)),)
   try:
     dispatch.check(interface.IMPLEMENTATIONS, name, *operands)

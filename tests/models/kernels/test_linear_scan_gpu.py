@@ -1,6 +1,6 @@
 """The GPU kernel of `linear_scan` where its blocks and chunks end, and whether it compiles.
 
-For the rest see `test_linear_scan.py`. Nothing here has run on a GPU.
+For the rest see `test_linear_scan.py`. It has not run on a GPU.
 """
 
 import itertools
@@ -13,6 +13,7 @@ import pytest
 
 from models.kernels.linear_scan import gpu, reference
 
+INTERPRET = jax.default_backend() != "gpu"  # there the kernel itself runs
 REAL, PAIR = 1, 2
 CASES = [  # (B, L, N), steps of a block, of a chunk at least; parts, per step, reverse, dtype of b
   ((1, 8, 128), 8, 99, REAL, True, False, "float32"),
@@ -74,10 +75,15 @@ def test_blocks_and_chunks(shape, steps, chunk, kind, per_step, reverse, dtype, 
 
   @jax.jit
   def run(a, b, h0, dy, dh_last):
-    y, h_last = gpu.forward(a, b, h0, reverse=reverse, interpret=True)
-    none, only = gpu.forward(a, b, h0, reverse=reverse, states=False, interpret=True)
+    y, h_last = gpu.forward(a, b, h0, reverse=reverse, interpret=INTERPRET)
+    none, only = gpu.forward(a, b, h0, reverse=reverse, states=False, interpret=INTERPRET)
     assert none == ()
-    return y, h_last, only, gpu.backward(a, y, h0, dy, dh_last, reverse=reverse, interpret=True)
+    return (
+      y,
+      h_last,
+      only,
+      gpu.backward(a, y, h0, dy, dh_last, reverse=reverse, interpret=INTERPRET),
+    )
 
   y, h_last, only, gradients = run(*given)
   want, want_last = reference.linear_scan(a, b, h0, reverse=reverse)
@@ -116,7 +122,7 @@ def test_no_contiguous_block_is_written_beyond_its_array(shape):
 def test_nothing_that_is_not_finite_passes_to_earlier_chunks(blocks):
   blocks(8, 8)
   _, (a, b, h0, *_) = operands((1, 32, 4), REAL, True)
-  run = jax.jit(partial(gpu.forward, reverse=False, interpret=True))
+  run = jax.jit(partial(gpu.forward, reverse=False, interpret=INTERPRET))
   clean, spoilt = run(a, b, h0)[0][0], run((a[0].at[0, 17, 1].set(jnp.nan),), b, h0)[0][0]
   touched = np.isnan(spoilt)
   assert touched[0, 17:, 1].all() and touched.sum() == 15

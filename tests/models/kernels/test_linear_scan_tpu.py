@@ -9,6 +9,7 @@ import pytest
 
 from models.kernels.linear_scan import reference, tpu
 
+INTERPRET = jax.default_backend() != "tpu"  # there the kernel itself runs
 CUTS = {  # (B, L, N), T, D: what a program holds
   "one block": ((1, 16, 128), 16, 128),
   "ragged in time": ((2, 37, 5), 16, 128),
@@ -51,13 +52,15 @@ def test_blocks(cut, per_step, reverse, monkeypatch):
   dtype = jnp.bfloat16 if per_step ^ reverse else jnp.float32
   a, b, h0, dy, dh_last = operands(shape, kind, per_step)
   b, dy = (native(parts(x, dtype)) for x in (b, dy))
-  y, h_last = tpu.forward(parts(a), parts(b, dtype), parts(h0), reverse=reverse, interpret=True)
+  y, h_last = tpu.forward(
+    parts(a), parts(b, dtype), parts(h0), reverse=reverse, interpret=INTERPRET
+  )
   want, want_last = reference.linear_scan(a, b, h0, reverse=reverse)
   tolerance = 4e-3 if dtype == jnp.bfloat16 else 2e-6
   near(y, want, tolerance)
   near(h_last, want_last, 2e-6)
   gradients = tpu.backward(
-    parts(a), y, parts(h0), parts(dy, dtype), parts(dh_last), reverse=reverse, interpret=True
+    parts(a), y, parts(h0), parts(dy, dtype), parts(dh_last), reverse=reverse, interpret=INTERPRET
   )
   expected = reference.gradients(a, b, h0, dy, dh_last, reverse=reverse)
   for got, right in zip(gradients, expected, strict=True):
@@ -73,8 +76,8 @@ def test_what_lies_beyond_the_sequence_is_never_read(monkeypatch):
   """Interpreted blocks hold NaN beyond the edge of the array."""
   monkeypatch.setattr(tpu, "STEPS", 16)
   a, b, h0, dy, dh_last = (parts(x) for x in operands((1, 19, 5), 1, True))
-  y, h_last = tpu.forward(a, b, h0, reverse=True, interpret=True)
-  results = y, h_last, tpu.backward(a, y, h0, dy, dh_last, reverse=True, interpret=True)
+  y, h_last = tpu.forward(a, b, h0, reverse=True, interpret=INTERPRET)
+  results = y, h_last, tpu.backward(a, y, h0, dy, dh_last, reverse=True, interpret=INTERPRET)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(results))
 
 

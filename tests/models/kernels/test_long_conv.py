@@ -37,6 +37,8 @@ def interpreted(name):
 
 
 def _runs(name):
+  if interpreted(name) and jax.default_backend() != "cpu":
+    return False  # where kernels run they are not interpreted as well
   operands = jnp.ones((1, 8, H)), jnp.ones((H, 8)), None, None, None
   try:
     dispatch.check(interface.IMPLEMENTATIONS, name, *operands)

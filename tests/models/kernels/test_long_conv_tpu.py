@@ -7,6 +7,7 @@ import pytest
 
 from models.kernels.long_conv import reference, tpu
 
+INTERPRET = jax.default_backend() != "tpu"  # there the kernel itself runs
 f32, bf16 = jnp.float32, jnp.bfloat16
 CASES = {  # (B, L, H), taps of both kernels, gates, dtype: h, rows of taps, N1, P, Q, R, F
   "two stacks, both ragged": ((2, 40, 11), (40, 39), "", f32, (8, 16, 16, 8, 1, 2, 2)),
@@ -45,8 +46,8 @@ def test_blocks(case):
 
   want = u64, k64, np.zeros(shape[2]), behind64, pre64, post64
   exact = 2e-6 if dtype == f32 else 8e-3
-  near(tpu.forward(*given, interpret=True), reference.long_conv(*want), exact, "y")
-  grads = tpu.backward(*given, dy, interpret=True)
+  near(tpu.forward(*given, interpret=INTERPRET), reference.long_conv(*want), exact, "y")
+  grads = tpu.backward(*given, dy, interpret=INTERPRET)
   want_grads = reference.gradients(*want, dy64)
   for name, x, operand in zip(("u", "k", "k_backward", "pre", "post"), grads, given, strict=True):
     if operand is None:
@@ -66,8 +67,8 @@ def test_the_size_of_a_sequence_is_its_own(size):
   operands = jnp.asarray(u, f32), jnp.asarray(k, f32), None, None, None
   rounded = [None if x is None else np.asarray(x, np.float64) for x in operands]
   rounded.insert(2, np.zeros(2))
-  y = tpu.forward(*operands, interpret=True)
-  du, dk, *_ = tpu.backward(*operands, jnp.asarray(dy, f32), interpret=True)
+  y = tpu.forward(*operands, interpret=INTERPRET)
+  du, dk, *_ = tpu.backward(*operands, jnp.asarray(dy, f32), interpret=INTERPRET)
   want = reference.long_conv(*rounded)
   grads = reference.gradients(*rounded, np.asarray(jnp.asarray(dy, f32), np.float64))
   for b in range(2):
@@ -85,8 +86,8 @@ def test_what_is_not_finite_stays_in_its_sequence_and_feature(bad):
 
   def run(u, k, dy):
     operands = [jnp.asarray(x, f32) for x in (u, k)] + [None] * 3
-    y = tpu.forward(*operands, interpret=True)
-    return (y, *tpu.backward(*operands, jnp.asarray(dy, f32), interpret=True)[:2])
+    y = tpu.forward(*operands, interpret=INTERPRET)
+    return (y, *tpu.backward(*operands, jnp.asarray(dy, f32), interpret=INTERPRET)[:2])
 
   y, du, dk = run(u, k, dy)
   spoilt_u, spoilt_dy, spoilt_k = u.copy(), dy.copy(), k.copy()
@@ -104,7 +105,7 @@ def test_what_is_not_finite_stays_in_its_sequence_and_feature(bad):
 def test_one_program_with_64_bits_on():
   u, k = jnp.ones((2, 20, 1), f32), jnp.ones((1, 20), f32)
   with jax.enable_x64(True):
-    y = tpu.forward(u, k, None, None, None, interpret=True)
+    y = tpu.forward(u, k, None, None, None, interpret=INTERPRET)
   assert y.dtype == f32
   np.testing.assert_allclose(y[0, :, 0], np.arange(1, 21), rtol=1e-5)
 

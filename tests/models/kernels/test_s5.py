@@ -30,7 +30,13 @@ VARIANTS = {
 
 INTERPRETED = [name for name in interface.IMPLEMENTATIONS if name.endswith("_interpreted")]
 OF_ITS_PARTS = ("constant, reverse", "scale", "two scales", "per step", "only the second scaled")
-HERE = [n for n, row in interface.IMPLEMENTATIONS.items() if jax.default_backend() in row.platforms]
+PLATFORM = dispatch._platform()
+# Where kernels run they are not interpreted as well.
+HERE = [
+  n
+  for n, row in interface.IMPLEMENTATIONS.items()
+  if PLATFORM in row.platforms and (PLATFORM == "cpu" or n not in INTERPRETED)
+]
 
 
 @pytest.fixture(params=HERE)

@@ -22,6 +22,8 @@ from models.long_conv import SGConv
 from models.recurrent import LRU, RGLRU
 from models.ssm import S5
 
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="on eight devices")
+
 # Sizes tell the axes apart.
 BATCH, LENGTH, WIDTH, STATES = 8, 40, 24, 16
 SIZES = {"batch": {BATCH}, "length": {LENGTH}, "state": {STATES, 2 * STATES}}
