@@ -2,7 +2,7 @@
 
 Functions of JAX take the operands of the core. Those of a library come as `{name: Call}`, without
 the libraries that are not installed; they get arrays in the layout that suits them and give theirs
-back. PyTorch's run on the GPU where JAX does; so that there is memory for both, set
+back. They run where JAX does, on a CPU or a GPU; so that a GPU has memory for both, set
 XLA_PYTHON_CLIENT_PREALLOCATE=false. Of these libraries accelerated-scan, flash-linear-attention,
 mamba-ssm and flash-fft-conv need CUDA, and have not met this file there.
 """
@@ -63,19 +63,19 @@ def constant_scans(a_N: np.ndarray, b_BLN: np.ndarray) -> dict[str, Call]:
 
 def scans(a_BLN: np.ndarray, b_BLN: np.ndarray, gradients: bool) -> dict[str, Call]:
   """Of real numbers, with a decay for each step. On CPUs PyTorch's loop, else kernels for CUDA."""
-  length = a_BLN.shape[1]
-  if not _installed("torch"):
+  length, device = a_BLN.shape[1], _device()
+  if device is None or not _installed("torch"):
     return {}
   import torch
 
   def loop(a, b):
     h, states = torch.zeros_like(b[:, 0]), []
-    for t in range(length):
-      h = a[:, t] * h + b[:, t]
+    for a_t, b_t in zip(a.unbind(1), b.unbind(1), strict=True):
+      h = a_t * h + b_t
       states.append(h)
     return torch.stack(states, dim=1)
 
-  if _device() == "cpu":
+  if device == "cpu":
     return {"torch loop": _torch(loop, (a_BLN, b_BLN), gradients)}
   found: dict[str, Call] = {}
   a_BNL, b_BNL = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (a_BLN, b_BLN))
@@ -183,7 +183,7 @@ def convs(
   found: dict[str, Call] = {}
   if device == "cpu" and not gradients:
     found["scipy.fft"] = timing.Host(functools.partial(by, scipy.fft)), given
-  if _installed("torch"):
+  if device is not None and _installed("torch"):
     import torch
 
     found["torch.fft"] = _torch(functools.partial(by, torch.fft), given, gradients)
@@ -229,13 +229,14 @@ def _installed(name: str) -> bool:
   return importlib.util.find_spec(name) is not None
 
 
-def _device() -> str:
-  """Where PyTorch's contestants run: beside JAX's."""
-  if jax.default_backend() != "gpu" or not _installed("torch"):
-    return "cpu"
+def _device() -> str | None:
+  """PyTorch's name of what JAX runs on; None where it cannot run there."""
+  backend = jax.default_backend()
+  if backend != "gpu" or not _installed("torch"):
+    return "cpu" if backend == "cpu" else None
   import torch
 
-  return "cuda" if torch.cuda.is_available() else "cpu"
+  return "cuda" if torch.cuda.is_available() else None
 
 
 def _torch(
