@@ -30,6 +30,7 @@ import functools
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -386,7 +387,13 @@ def main(argv: Sequence[str]) -> None:
     f" in float32, {reached['bfloat16'] / 1e12:.2f} in bfloat16"
   )
   if _JSON.value:
-    device = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "reached": reached}
+    given = [flag for flag in sys.argv[1:] if not flag.startswith("--json")]
+    device = {
+      "command": " ".join(["python -m models.kernels.bench", *given]),
+      "jax": jax.__version__,
+      "device": jax.devices()[0].device_kind,
+      "reached": reached,
+    }
     pathlib.Path(_JSON.value).write_text(json.dumps(device | {"rows": found}, indent=2) + "\n")
 
 
