@@ -69,29 +69,36 @@ def panels(
     shown = drawn(study, measured(arms) or names(records))
   styles = _styles(list(study.arms))
   rows: list[list[Panel]] = []
-  compared = _by_group(shown) if len(study.arms) == 1 else {}
+  curves: dict[str, dict[str, Curve]] = {
+    m: {a: c for a, rs in records.items() if len((c := curve(rs, m))[0]) > 1} for m in shown
+  }
+  ends: dict[str, dict[str, Sequence[float]]] = {
+    m: {a: arm["metrics"][m] for a, arm in arms.items() if m in arm["metrics"]} for m in shown
+  }
+  compared: dict[str, list[str]] = {}
+  if len(study.arms) == 1:
+    compared = _by_group([m for m in shown if ends[m] and not curves[m]])
   for metric, sizes in _by_metric(shown).items():
     if sizes:
       draw = functools.partial(_sizes, arms=arms, metric=metric, sizes=sizes, styles=styles)
       rows.append([Panel(f"{metric} by size: mean and range over seeds", draw, len(arms))])
       continue
     row: list[Panel] = []
-    curves = {a: c for a, rs in records.items() if len((c := curve(rs, metric))[0]) > 1}
-    if curves:
-      draw = functools.partial(_training, curves=curves, metric=metric, styles=styles)
-      row.append(Panel(f"{metric} over training: mean and range over seeds", draw, len(arms)))
-    ends = {a: arm["metrics"][metric] for a, arm in arms.items() if metric in arm["metrics"]}
-    group, marks = metric, styles
-    if ends and not curves and metric in compared:
-      group, members = compared[metric]
+    if curves[metric]:
+      draw = functools.partial(_training, curves=curves[metric], metric=metric, styles=styles)
+      label = f"{metric} over training: mean and range over seeds"
+      row.append(Panel(label, draw, len(curves[metric])))
+    named, last, marks = metric, ends[metric], styles
+    if metric in compared:
+      members = compared[metric]
       if metric != members[0]:
         continue
-      (values,) = (arm["metrics"] for arm in arms.values())
-      ends = {m.rpartition("/")[0]: values[m] for m in members if m in values}
-      marks = _styles(list(ends))
-    if ends:
-      draw = functools.partial(_final, ends=ends, metric=group, styles=marks)
-      row.append(Panel(f"{group} at the end: seeds, mean, 95 % interval", draw, len(ends)))
+      named = metric.rpartition("/")[2]
+      last = {m.rpartition("/")[0]: values for m in members for values in ends[m].values()}
+      marks = _styles(list(last))
+    if last:
+      draw = functools.partial(_final, ends=last, metric=named, styles=marks)
+      row.append(Panel(f"{named} at the end: seeds, mean, 95 % interval", draw, len(last)))
     rows.append(row)
   return [row for row in rows if row]
 
@@ -183,13 +190,13 @@ def _by_metric(shown: Sequence[str]) -> dict[str, list[int]]:
   return grouped
 
 
-def _by_group(shown: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
-  """Metric -> the group at its end and all metrics of that, where there are several."""
+def _by_group(metrics: Sequence[str]) -> dict[str, list[str]]:
+  """Metric -> all that have the same name at their end, where there are several."""
   groups: dict[str, list[str]] = {}
-  for metric in shown:
+  for metric in metrics:
     if "/" in metric:
       groups.setdefault(metric.rpartition("/")[2], []).append(metric)
-  return {m: (group, some) for group, some in groups.items() if len(some) > 1 for m in some}
+  return {metric: some for some in groups.values() if len(some) > 1 for metric in some}
 
 
 def curve(records: Sequence[Record], metric: str) -> Curve:

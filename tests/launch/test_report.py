@@ -363,3 +363,10 @@ def test_groups_of_an_only_arm_share_a_panel(tmp_path):
   words = Checker(plots.svg(rows[0][0])).words
   assert "dense" in words and "merged" in words
   assert labels(["a", "b"])[1] == names
+
+  # One with a curve has a row of its own, and takes none of the others with it.
+  lines = [{"stage": "s", "step": n, "dense/known": [1.0, 2.0]} for n in (10, 20)]
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+  _, found = labels(["a"])
+  assert found[1:] == ["dense/known", "merged/known", "new", "error", "lone/other"]
