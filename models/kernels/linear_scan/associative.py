@@ -45,7 +45,7 @@ def adjoint(
   pieces = [one, decay[..., :-1, :]] if reverse else [decay[..., 1:, :], one]
   g = _tree(jnp.concatenate(pieces, axis=-2), x, dh_last, not reverse)
   first = length - 1 if reverse else 0
-  slope = g * jnp.conj(xla.before(y, h0, reverse=reverse))
+  slope = g * jnp.conj(_before(y, h0, reverse))
   if a[0].ndim == 1:
     slope = slope.sum(axis=tuple(range(slope.ndim - 1)))
   return xla.parts(slope), _like(dy, g), decay[..., first, :] * g[..., first, :]
@@ -61,6 +61,13 @@ def _tree(decay: jax.Array, x: jax.Array, h0: jax.Array, reverse: bool) -> jax.A
     return later[0] * earlier[0], later[0] * earlier[1] + later[1]
 
   return lax.associative_scan(combine, (decay, x), reverse=reverse, axis=x.ndim - 2)[1]
+
+
+def _before(y: Buffer, h0: jax.Array, reverse: bool) -> jax.Array:
+  """The state before each step, native."""
+  start, states = h0[..., None, :], xla.native(y)
+  pieces = [states[..., 1:, :], start] if reverse else [start, states[..., :-1, :]]
+  return jnp.concatenate(pieces, axis=-2)
 
 
 def _decays(a: Parts, x: jax.Array) -> jax.Array:

@@ -110,13 +110,6 @@ def backward(
   return da, _cast(db, dy[0].dtype), parts(dh0)
 
 
-def before(y: Buffer, h0: jax.Array, *, reverse: bool) -> jax.Array:
-  """The state before each step, native."""
-  start, states = h0[..., None, :], native(y)
-  pieces = [states[..., 1:, :], start] if reverse else [start, states[..., :-1, :]]
-  return jnp.concatenate(pieces, axis=-2)
-
-
 def native(x: Buffer) -> jax.Array:
   """One real or complex array of the parts. Of a whole sequence it should end in a fusion."""
   if not isinstance(x, tuple):
