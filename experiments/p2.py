@@ -12,7 +12,8 @@ imperceptible detail is at stake, and samples get better: the paper's Fréchet d
 fall by 7 to 28 % (recalled).
 
 The weights are not normalised; their means are 0.81 and 0.72. Adam does not see that: its updates
-do not change with the scale of the loss. The control `uniform slower` has the rate times 0.72.
+do not change with the scale of the loss. The control `uniform slower` has the rate times 0.72, and
+is sampled after the last length alone.
 
 Laptop scale: 3,500 MNIST digits averaged to 8 x 8, with noise of a twentieth of the range as
 texture: without any, there is no imperceptible detail to leave alone. A U-Net of 0.2 M parameters,

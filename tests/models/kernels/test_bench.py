@@ -44,7 +44,7 @@ def test_a_kernel_is_raced_by_its_name_and_against_the_default(monkeypatch):
   row = table["xla"]
   elsewhere = row._replace(platforms=("tpu",), partitioned=False)
   added = {"kernel": row._replace(partitioned=False), "elsewhere": elsewhere}
-  monkeypatch.setattr(interface, "IMPLEMENTATIONS", {"xla": row, **added})
+  monkeypatch.setattr(interface, "IMPLEMENTATIONS", {**table, **added})
   found = list(itertools.islice(bench.scan_rows(repeats=1), 2))
   assert [row["case"] for row in found] == ["real scan: kernel"] * 2
   assert [row["peer"] for row in found] == ["default", "associative_scan"]
