@@ -60,12 +60,14 @@ def adjoint(
 
   The loop carries g of the step before, so that nothing but the new row is computed from the buffer
   it overwrites; a second reader would make XLA copy the whole buffer at every step. The first step
-  is inside the loop, masked, because a row written outside costs copies as well.
+  is inside the loop, masked, because a row written outside costs copies as well. Gradients of a
+  decay for each step take the place of the states, which nothing reads again: buffers of their own
+  would first be filled with zeros.
   """
   length = _length(y)
   if length == 0:
     return tuple(jnp.zeros_like(part) for part in a), dy, dh_last
-  constant = a[0].ndim == 1
+  constant, apart = a[0].ndim == 1, isinstance(y, tuple)
   last, first, back = (0, length - 1, 1) if reverse else (length - 1, 0, -1)
 
   def at(t: jax.Array) -> jax.Array:
@@ -75,12 +77,24 @@ def adjoint(
     g, da, db = carry
     t = last + back * i
     g = _row(db, t) + jnp.where(i == 0, 1, jnp.conj(_decay(a, at(t - back)))) * g
-    before = jnp.where(t == first, h0, _row(y, at(t + back)))
-    slope = g * jnp.conj(before)
-    return g, da + slope if constant else _put(da, slope, t), _put(db, g, t)
 
-  none = jnp.zeros_like(h0) if constant else tuple(jnp.zeros_like(part) for part in a)
-  g, da, db = lax.fori_loop(0, length, step, (dh_last, none, dy))
+    def slope(y: Buffer) -> jax.Array:
+      return g * jnp.conj(jnp.where(t == first, h0, _row(y, at(t + back))))
+
+    if constant:
+      da = da + slope(y)
+    elif apart:
+      for k in range(len(da)):  # the second part from a buffer that has the first one already
+        da = (*da[:k], _update(da[k], parts(slope(da))[k], t), *da[k + 1 :])
+    else:
+      da = _put(da, slope(y), t)
+    return g, da, _put(db, g, t)
+
+  if constant:
+    into = jnp.zeros_like(h0)
+  else:
+    into = y if apart else tuple(jnp.zeros_like(part) for part in a)
+  g, da, db = lax.fori_loop(0, length, step, (dh_last, into, dy))
   if constant:
     da = parts(da.sum(axis=tuple(range(da.ndim - 1))))
   return da, db, jnp.conj(_decay(a, first)) * g

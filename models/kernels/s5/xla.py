@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from models.kernels import dispatch
 from models.kernels.linear_scan import xla as loop
 
 Pair = tuple[jax.Array, ...]
@@ -65,15 +66,13 @@ def backward(
   """See `interface.py`. Gradients in the convention where d of (re, im) is d re + i d im."""
   drive_BLcP, states = saved
   low, dtype = _factor_dtype(u, D), D.dtype
-  # Products that sum over batch and time keep the axes c and P apart: merged they would be plain
-  # matrix products with one copy less, but states sharded over devices would be gathered.
   da: list[Pair] = []
   dscale: list[Pair | None] = []
   dC: list[jax.Array] = []
   ddrives: list[jax.Array] = []
   dx0s: list[Pair] = []
   for k, C_k in enumerate(_output_matrices(C, len(a))):
-    dC.append(_product("blh,blcp->chp", dy, states[k], low, dtype))
+    dC.append(_outer(dy, states[k], low, dtype))
     dx_BLcP = _product("blh,chp->blcp", dy, C_k, low, dtype)
     da_k, dv_BLcP, dx0_k = adjoint(
       a[k], states[k], loop.native(x0[k]), dx_BLcP, loop.native(dx_last[k]), reverse=reverses[k]
@@ -91,14 +90,14 @@ def backward(
 
   ddrive_BLcP = ddrives[0] if len(a) == 1 else ddrives[0] + ddrives[1]
   du_BLH = _product("blcp,cph->blh", ddrive_BLcP, jnp.stack(B), low, dtype) + D * dy
-  dB_cPH = _product("blcp,blh->cph", ddrive_BLcP, u, low, dtype)
-  dC_cHP = jnp.concatenate(dC, axis=-1)
+  dB_HcP = _outer(u, ddrive_BLcP, low, dtype)
+  dC_HcP = jnp.concatenate(dC, axis=-1)
   return (
     du_BLH.astype(u.dtype),
     tuple(da),
     tuple(dscale),
-    (dB_cPH[0], dB_cPH[1]),
-    (dC_cHP[0], -dC_cHP[1]),
+    (dB_HcP[:, 0].T, dB_HcP[:, 1].T),
+    (dC_HcP[:, 0], -dC_HcP[:, 1]),
     jnp.einsum("blh,blh->h", dy.astype(dtype), u.astype(dtype)),
     tuple(dx0s),
   )
@@ -127,6 +126,19 @@ def _product(
   equation: str, x: jax.Array, z: jax.Array, low: jnp.dtype, dtype: jnp.dtype
 ) -> jax.Array:
   return jnp.einsum(equation, x.astype(low), z.astype(low), preferred_element_type=dtype)
+
+
+def _outer(x_BLH: jax.Array, z_BLcP: jax.Array, low: jnp.dtype, dtype: jnp.dtype) -> jax.Array:
+  """The sum over batch and time of x times z, (H, 2, P), as a product of two plain matrices.
+
+  Of more axes XLA on CPU makes a transposed copy first. Where it cuts operands between devices they
+  keep their axes all the same: merged with another, one that is cut would be gathered.
+  """
+  if not dispatch.whole():
+    return _product("blh,blcp->hcp", x_BLH, z_BLcP, low, dtype)
+  width, states = x_BLH.shape[-1], z_BLcP.shape[-1]
+  sums = _product("th,tk->hk", x_BLH.reshape(-1, width), z_BLcP.reshape(-1, 2 * states), low, dtype)
+  return sums.reshape(width, 2, states)
 
 
 def _output_matrices(C: Pair, directions: int) -> list[jax.Array]:
