@@ -24,6 +24,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from models import mixers
 from models.kernels import long_conv, partition
@@ -31,6 +32,7 @@ from models.kernels import long_conv, partition
 DECAYS = ("scale", "position", "learnable")
 KERNEL_INITS = ("randn", "cos")
 INTERPOLATIONS = ("linear", "nearest")
+TOGETHER = 512  # taps of the short sub-kernels that are one product
 
 
 def _check(field: str, value: str, accepted: Sequence[str]) -> None:
@@ -84,21 +86,42 @@ def multiscale_kernel(
     interpolation: "linear" between half-pixel centres, constant outside the outermost ones, as
       PyTorch's `interpolate(mode="linear", align_corners=False)`; or "nearest".
 
+  Each sub-kernel is a product with the weights of the interpolation, which writes its taps where
+  they belong; the short ones are one product.
+
   Returns: k_CHT.
 
   Raises: ValueError for an unknown interpolation.
   """
   _check("interpolation", interpolation, INTERPOLATIONS)
-  base = w_SCHd.shape[-1] << init_scale
-  pieces = []
-  for i, w_CHd in enumerate(w_SCHd):
-    start = base << i - 1 if i else 0
-    if length is not None and start >= length:
-      break
-    weighted_CHd = w_CHd if decay_H is None else w_CHd * decay_H[:, None] ** -i
-    size = base << max(i - 1, 0)
-    pieces.append(jax.image.resize(weighted_CHd, (*w_CHd.shape[:-1], size), interpolation))
-  return jnp.concatenate(pieces, axis=-1)[..., :length]
+  scales, *lead, d = w_SCHd.shape
+  base, dtype = d << init_scale, jnp.result_type(jnp.float32, w_SCHd)
+  starts = [base << i - 1 if i else 0 for i in range(scales)]
+  sizes = [base << max(i - 1, 0) for i in range(scales)]
+  length = sum(sizes) if length is None else min(length, sum(sizes))
+  used = sum(start < length for start in starts)
+  together = max(1, sum(base << i <= TOGETHER for i in range(scales)))
+  if decay_H is not None:
+    powers_SH = decay_H ** -jnp.arange(scales, dtype=decay_H.dtype)[:, None]
+    w_SCHd = w_SCHd * powers_SH[:, None, :, None]
+
+  k_CHT = jnp.zeros((*lead, length), dtype)
+  for some in (range(min(together, used)), *(range(i, i + 1) for i in range(together, used))):
+    values_CHd = jnp.moveaxis(w_SCHd[some.start : some.stop], 0, -2).reshape(*lead, -1)
+    at = [n * d + _positions(d, sizes[i], interpolation, dtype) for n, i in enumerate(some)]
+    at_T = jnp.concatenate(at)[: length - starts[some.start]]
+    weights_dT = jnp.maximum(0, 1 - jnp.abs(at_T - jnp.arange(values_CHd.shape[-1])[:, None]))
+    taps_CHT = jnp.einsum("chd,dt->cht", values_CHd, weights_dT, precision="highest")
+    k_CHT = lax.dynamic_update_slice(k_CHT, taps_CHT, (0, 0, starts[some.start]))
+  return k_CHT
+
+
+def _positions(d: int, size: int, interpolation: str, dtype: Any) -> jax.Array:
+  """Where, among the d values of a sub-kernel, each of its `size` taps lies."""
+  at, step = jnp.arange(size, dtype=dtype), size // d
+  if interpolation == "nearest":
+    return jnp.floor(at / step)
+  return jnp.clip((at + 0.5) / step - 0.5, 0, d - 1)
 
 
 def positional_decay(length: int, t_H: jax.Array) -> jax.Array:
@@ -270,9 +293,9 @@ class SGConv(_Convolution):
     else:
       m_H, t_H = None, self._exponents(features)
 
-    def kernel(length: int | None) -> jax.Array:
+    def kernel(length: int | None, norm_CH1: jax.Array | float) -> jax.Array:
       k_CHT = multiscale_kernel(
-        w_SCHd,
+        w_SCHd / norm_CH1,
         m_H,
         init_scale=self.init_scale,
         length=length,
@@ -325,8 +348,8 @@ class DenseConv(_Convolution):
       self, "taps", nn.initializers.normal(1.0), shape, (None, "embed", None)
     )
 
-    def kernel(length: int | None) -> jax.Array:
-      k_CHT = w_CHT[..., :length]
+    def kernel(length: int | None, norm_CH1: jax.Array | float) -> jax.Array:
+      k_CHT = w_CHT[..., :length] / norm_CH1
       if self.decay is None:
         return k_CHT
       return k_CHT * positional_decay(k_CHT.shape[-1], jnp.full(1, self.decay))
@@ -335,20 +358,20 @@ class DenseConv(_Convolution):
 
 
 def _normalised(
-  layer: Any, kernel: Callable[[int | None], jax.Array], features: int
+  layer: Any, kernel: Callable[[int | None, jax.Array | float], jax.Array], features: int
 ) -> tuple[Callable[[int | None], jax.Array], jax.Array]:
   """What both layers end with: the kernel divided by its frozen norm, and D (H,).
 
-  `kernel(length)` gives the first taps k_CHT, or all for None.
+  `kernel(length, norm)` gives the first taps k_CHT, or all for None, divided by a norm.
   """
   norm_CH1 = _frozen(
     layer,
     "norm",
-    lambda: jnp.linalg.norm(kernel(None), axis=-1, keepdims=True),
+    lambda: jnp.linalg.norm(kernel(None, 1.0), axis=-1, keepdims=True),
     (None, "embed", None),
   )
   d_H = mixers.parameter(layer, "D", nn.initializers.normal(1.0), (features,), ("embed",))
-  return lambda length: kernel(length) / norm_CH1, d_H
+  return lambda length: kernel(length, norm_CH1), d_H
 
 
 def _frozen(

@@ -55,7 +55,7 @@ from models.recurrent import RGLRU
 from models.ssm import S4D
 
 WIDTH, STATES = 128, 64
-S5_LENGTHS = (256, 1024, 4096, 16384)
+S5_LENGTHS = (256, 2048, 16384)
 S5_ON_ACCELERATORS = ((128, 64), (512, 256), (1024, 512))  # (H, P)
 SCANS = {"real": ((8, 2048, 256),), "complex": ((32, 1024, 64),)}  # (B, L, N)
 SCANS_ON_ACCELERATORS = {
@@ -100,7 +100,7 @@ def peaks(repeats: int = 9) -> dict[str, float]:
 def rows(lengths: Sequence[int] | None = None, repeats: int = 15) -> Iterator[dict[str, Any]]:
   """Rows for each S5 length, or on an accelerator width, forward and with gradients.
 
-  The batch is such that a step is about as large at every length: 8, 4, 2, 1 at the default ones.
+  The batch is 8, or less for more than 2048 steps: 16384 in all.
 
   Returns: rows with `case`, `shape`, `peer`; `ms`, `peer_ms` (medians), `ratio` (peer over ours);
     `bytes` (minimal), `flops` (or None); `compile_s`, `peer_compile_s`, `temp_mb`, `peer_temp_mb`
@@ -111,7 +111,7 @@ def rows(lengths: Sequence[int] | None = None, repeats: int = 15) -> Iterator[di
     sizes = [(8, n, *size) for size in S5_ON_ACCELERATORS for n in lengths or (4096,)]
   else:
     some = lengths or S5_LENGTHS
-    sizes = [(max(1, round(8 * (256 / n) ** 0.5)), n, WIDTH, STATES) for n in some]
+    sizes = [(max(1, min(8, 16384 // n)), n, WIDTH, STATES) for n in some]
   table = s5_interface.IMPLEMENTATIONS
   for shape in sizes:
     operands = _s5_operands(*shape)

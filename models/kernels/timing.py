@@ -19,11 +19,14 @@ class Host(NamedTuple):
 def race(
   contestants: Mapping[str, tuple[Callable[..., Any] | Host, Sequence[Any]]], rounds: int = 20
 ) -> dict[str, dict[str, Any]]:
-  """Times functions in interleaved rounds.
+  """Times functions in interleaved rounds, each after a call of its own that is not timed.
+
+  That call finds cold caches, and the memory that the contestant before it is only then freeing,
+  which would be a quarter of some times. The next one finds what it does when called in a loop.
 
   Args:
     contestants: name -> (function, arguments); the function is jitted here, unless it is a `Host`.
-    rounds: timed calls of each, after two warm-up calls.
+    rounds: timed calls of each.
 
   Returns: name -> {"seconds": [one a round], "compile_s": float, "temporaries": bytes of the
   compiled program's temporary buffers}; both are None for a `Host`.
@@ -42,10 +45,10 @@ def race(
       memory = program.memory_analysis()
       results[name]["temporaries"] = memory.temp_size_in_bytes if memory is not None else None
       compiled[name] = program
-    for _ in range(2):
-      jax.block_until_ready(compiled[name](*arguments))
+    jax.block_until_ready(compiled[name](*arguments))
   for _ in range(rounds):
     for name, (_, arguments) in contestants.items():
+      jax.block_until_ready(compiled[name](*arguments))
       began = time.perf_counter()
       jax.block_until_ready(compiled[name](*arguments))
       results[name]["seconds"].append(time.perf_counter() - began)

@@ -221,7 +221,7 @@ def _kernels(
   dtype = _dtype(*sequences, *(x for x in (k, D, k_backward) if x is not None))
   k = k[:, :length].astype(dtype)
   if D is not None:
-    k = jnp.concatenate([k[:, :1] + D.astype(dtype)[:, None], k[:, 1:]], axis=1)
+    k = k.at[:, 0].add(D.astype(dtype))  # in place, where a concatenation would be a copy
   if k_backward is not None:
     k_backward = k_backward[:, : length - 1].astype(dtype) if length > 1 else None
   return k, k_backward

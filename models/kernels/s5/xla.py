@@ -98,7 +98,7 @@ def backward(
     tuple(dscale),
     (dB_HcP[:, 0].T, dB_HcP[:, 1].T),
     (dC_HcP[:, 0], -dC_HcP[:, 1]),
-    jnp.einsum("blh,blh->h", dy.astype(dtype), u.astype(dtype)),
+    (dy.astype(dtype) * u.astype(dtype)).sum((0, 1)),
     tuple(dx0s),
   )
 

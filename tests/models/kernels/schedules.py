@@ -113,15 +113,22 @@ def loops(text):
   return {"loops": counts, "all": len(rows)}
 
 
-def copies(text, size):
-  """How many arrays of `size` elements or more a compiled program makes around its kernel."""
+def arrays(text):
+  """(name, number of elements) of what a compiled program makes around its kernels."""
   entry = text[text.index("\nENTRY") :].split("\n}")[0]
-  found = re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", entry)
+  found = re.findall(r"%(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", entry)
   # copy-done: fetched into fast memory, as it is
   passed_on = {"parameter", "bitcast", "get-tuple-element", "custom-call", "copy-done"}
-  return sum(
-    math.prod(map(int, shape.split(","))) >= size for shape, op in found if op not in passed_on
-  )
+  return [
+    (name, math.prod(map(int, shape.split(","))))
+    for name, shape, op in found
+    if op not in passed_on
+  ]
+
+
+def copies(text, size):
+  """How many arrays of `size` elements or more a compiled program makes around its kernel."""
+  return sum(elements >= size for _, elements in arrays(text))
 
 
 def measure(chip, names):
@@ -160,7 +167,10 @@ def measure(chip, names):
 
 
 def layers(chip):
-  """Copies around the kernels in the whole gradient of a layer, name -> number."""
+  """Copies around the kernels in the whole gradient of a layer, name -> number.
+
+  Of SGConv also the arrays as large as its taps that are not products written where they belong.
+  """
   import flax.linen as nn
   import jax
   import jax.numpy as jnp
@@ -190,6 +200,10 @@ def layers(chip):
       text = traced.lower().compile().as_text()
     assert text.count("tpu_custom_call") == 2, "one kernel forward, one backward"
     found[name] = copies(text, math.prod(shape))
+    if name == "sgconv":
+      taps = math.prod(shape[1:])
+      made = [name for name, elements in arrays(text) if elements == taps]
+      found["sgconv's taps"] = sum("dynamic-update-slice" not in name for name in made)
   return found
 
 
