@@ -198,7 +198,7 @@ class _Convolution(nn.Module):
     """
     mixers.refuse_sampling(self, dt, step_rescale)
     kernel, d_H = self._kernel(u_BLH.shape[-1])
-    k_CHT = kernel(u_BLH.shape[1])
+    k_CHT = kernel(max(1, u_BLH.shape[1]))
     return long_conv(
       u_BLH,
       k_CHT[0],

@@ -90,10 +90,11 @@ def adjoint(
       da = _put(da, slope(y), t)
     return g, da, _put(db, g, t)
 
+  into: Any = y
   if constant:
     into = jnp.zeros_like(h0)
-  else:
-    into = y if apart else tuple(jnp.zeros_like(part) for part in a)
+  elif not apart:
+    into = tuple(jnp.zeros_like(part) for part in a)
   g, da, db = lax.fori_loop(0, length, step, (dh_last, into, dy))
   if constant:
     da = parts(da.sum(axis=tuple(range(da.ndim - 1))))
