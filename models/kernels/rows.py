@@ -1,4 +1,5 @@
-"""What the TPU kernels share: loops over the rows of a block, and rows of real or complex parts."""
+"""What the TPU kernels share: loops over the rows of a block, rows of real or complex parts, and
+matrix products."""
 
 from __future__ import annotations
 
@@ -98,3 +99,38 @@ def times(x: Row, y: Row) -> Row:
 def conj(x: Row) -> Row:
   """The complex conjugate; a real row is its own."""
   return x if len(x) == 1 else (x[0], -x[1])
+
+
+def precision(default: lax.Precision) -> lax.Precision:
+  """Of products of float32 factors: `jax.default_matmul_precision`, if it asks for more passes."""
+  name = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+  try:
+    wanted = lax.Precision(name or "default")
+  except ValueError:  # it can name algorithms, too
+    return default
+  return default if wanted == lax.Precision.DEFAULT else wanted
+
+
+def dot(x: jax.Array, z: jax.Array, axes: tuple[int, int], exact: lax.Precision) -> jax.Array:
+  """The product of two matrices over these axes, summed in float32.
+
+  `exact` is of float32 factors: one pass of the matrix unit, as if they were bfloat16; three, HIGH,
+  which are products of halves and exact to 1e-5; or six, HIGHEST.
+  """
+
+  def product(x: jax.Array, z: jax.Array, precision: lax.Precision) -> jax.Array:
+    dims = (((axes[0],), (axes[1],)), ((), ()))
+    return lax.dot_general(x, z, dims, precision, preferred_element_type=jnp.float32)
+
+  once = lax.Precision.DEFAULT
+  if x.dtype != jnp.float32:
+    return product(x, z, once)
+  if exact != lax.Precision.HIGH:
+    return product(x, z, exact)
+  (x, less_x), (z, less_z) = _halves(x), _halves(z)
+  return product(x, z, once) + (product(x, less_z, once) + product(less_x, z, once))
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  high = x.astype(jnp.bfloat16)
+  return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)

@@ -307,14 +307,8 @@ def _put(y: Any, b: Any, f: Any, c: Any, x: jax.Array, cut: Cut) -> None:
 
 
 def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
-  """The product over these axes, summed in float32; of float32 factors in six passes."""
-  return lax.dot_general(
-    x,
-    y,
-    (((axes[0],), (axes[1],)), ((), ())),
-    precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-    preferred_element_type=jnp.float32,
-  )
+  """The product over these axes, summed in float32; of float32 factors in six passes, or three."""
+  return rows.dot(x, y, axes, rows.precision(lax.Precision.HIGHEST))
 
 
 def _cut(v: jax.Array, k: jax.Array, k_backward: Optional, signals: int) -> Cut:

@@ -19,6 +19,9 @@ A signal of two sequences would round both as the larger one needs, and share wh
 So each is divided by a power of two near its largest value, or is zero and its result NaN where it
 has one that is not finite. The kernels of the features, which share products, are treated alike.
 
+Factors of products are rounded to bfloat16 where sequences are; those of float32 are multiplied in
+six passes, or under `jax.default_matmul_precision("high")` in three, which are exact to 1e-5.
+
 The spectrum of the kernels is made when a program sees its features first, in float32, and stays in
 fast memory for the whole batch. The backward kernel transforms cotangents and inputs, sums the
 spectrum of the kernels' gradient over the batch, and transforms back once for each.
@@ -53,6 +56,7 @@ MEMORY = 48 * 2**20  # bytes of fast memory; a core has 64 MiB (v5p) or 128 MiB 
 ORDER = pltpu.CompilerParams(
   dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=60 * 2**20
 )
+HIGH = lax.Precision.HIGH
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -68,7 +72,7 @@ class Cut(NamedTuple):
   pieces: int  # Q, of Y
   together: int  # R, rows of the batch in a program
   features: int  # F, stacks in a program
-  low: bool  # whether sequences are bfloat16
+  exact: lax.Precision  # of products of float32 factors
 
   @property
   def stacks(self) -> int:
@@ -401,20 +405,7 @@ def _each(z: jax.Array, cut: Cut) -> list[Row]:
 
 
 def _dot(x: jax.Array, y: jax.Array, cut: Cut) -> jax.Array:
-  """The product, summed in float32; of float32 factors with three products of halves where the
-  sequences are bfloat16, exact to 1e-5, else with six."""
-  dot = partial(jnp.dot, preferred_element_type=jnp.float32)
-  if x.dtype == jnp.bfloat16:
-    return dot(x, y)
-  if not cut.low:
-    return dot(x, y, precision=lax.Precision.HIGHEST)
-  (x, less_x), (y, less_y) = _halves(x), _halves(y)
-  return dot(x, y) + (dot(x, less_y) + dot(less_x, y))
-
-
-def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  high = x.astype(jnp.bfloat16)
-  return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+  return rows.dot(x, y, (1, 0), cut.exact)
 
 
 def _add(out: Any, at: Any, q: Any, x: jax.Array) -> None:
@@ -480,7 +471,7 @@ def _cut(u: jax.Array, k: jax.Array, k_backward: Optional, sequences: int, signa
     pieces=pieces,
     together=2,
     features=1,
-    low=u.dtype == jnp.bfloat16,
+    exact=HIGH if u.dtype == jnp.bfloat16 else rows.precision(lax.Precision.HIGHEST),
   )
   for together in range(MOST, 0, -2):
     if cut.batch % together == 0:

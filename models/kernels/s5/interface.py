@@ -65,8 +65,9 @@ def s5_apply(
   the second is the way for steps that differ in time, since a B of shape (L, P, H) never arises.
 
   The states are float32, or float64 where an operand is. With bfloat16 `u` the factors of the
-  matrix products are rounded to bfloat16, the products summed in float32. Gradients are as in
-  `linear_scan`, and so is what holds for sharded operands.
+  matrix products are rounded to bfloat16, the products summed in float32. Those of float32 factors
+  are as precise as `jax.default_matmul_precision` says, which on TPUs and GPUs is by default no
+  more than that. Gradients are as in `linear_scan`, and so is what holds for sharded operands.
 
   Args:
     u_BLH: (B, L, H), floating point.

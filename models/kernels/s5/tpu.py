@@ -573,10 +573,9 @@ def _add(total: Any, c: jax.Array, product: Row) -> None:
 
 
 def _dot(x: jax.Array, z: jax.Array, equation: str) -> jax.Array:
-  """Two matrices, the products summed in float32."""
+  """Two matrices, the products summed in float32; of float32 factors as precise as jax is told."""
   axes = {"ik,kj->ij": (1, 0), "ik,jk->ij": (1, 1), "ki,kj->ij": (0, 0)}[equation]
-  dims = (((axes[0],), (axes[1],)), ((), ()))
-  return lax.dot_general(x, z, dims, preferred_element_type=jnp.float32)
+  return rows.dot(x, z, axes, rows.precision(lax.Precision.DEFAULT))
 
 
 def _packed(state: Pair, cut: Cut) -> Pair:

@@ -3,8 +3,12 @@
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
+
+from models.kernels.long_conv import reference
 
 H100 = """
 gpu_device_info {
@@ -20,9 +24,59 @@ platform_name: "CUDA"
 
 @pytest.fixture(autouse=True)
 def _exact_products():
-  """Of XLA on a GPU, which otherwise rounds the factors of float32 products."""
-  with jax.default_matmul_precision("highest" if jax.default_backend() == "gpu" else None):
+  """On GPUs and TPUs, which otherwise round the factors of float32 products."""
+  with jax.default_matmul_precision(None if jax.default_backend() == "cpu" else "highest"):
     yield
+
+
+@pytest.fixture
+def near():
+  """Fails where the error of an array is, by its mean square, above a share of what is wanted."""
+
+  def compare(got, want, tolerance, name=""):
+    error = np.asarray(got, np.float64) - want
+    assert got.shape == want.shape, name
+    assert np.sqrt(np.mean(error**2)) <= tolerance * np.sqrt(np.mean(want**2)), name
+
+  return compare
+
+
+@pytest.fixture
+def convolution(near):
+  """Operands of `long_conv`'s backends, and a comparison of what one makes of them with the oracle.
+
+  Args: (B, L, H); taps of both kernels, or None; gates: "", "pre" or "both"; dtype.
+  """
+
+  def draw(shape, taps, gates, dtype, post_dtype=None):
+    rng = np.random.default_rng(0)
+
+    def array(*shape, dtype=jnp.float32):
+      return jnp.asarray(rng.normal(size=shape), dtype)
+
+    u, dy = array(*shape, dtype=dtype), array(*shape, dtype=dtype)
+    k, behind = (array(shape[2], n) if n else None for n in taps)
+    pre = array(*shape, dtype=dtype) if gates else None
+    post = array(*shape, dtype=post_dtype or dtype) if gates == "both" else None
+    given = u, k, behind, pre, post
+    exact = [None if x is None else np.asarray(x, np.float64) for x in given]
+    exact.insert(2, np.zeros(shape[2]))
+
+    def compare(y, gradients, tolerance):
+      if y is not None:
+        near(y, reference.long_conv(*exact), tolerance, "y")
+      want = reference.gradients(*exact, np.asarray(dy, np.float64))
+      names = "u", "k", "k_backward", "pre", "post"
+      for name, x, operand in zip(names, gradients, given, strict=True):
+        if operand is None:
+          assert x is None
+        else:
+          assert x.dtype == operand.dtype
+          near(x, want[name], tolerance, name)
+
+    return given, dy, compare
+
+  return draw
 
 
 @pytest.fixture

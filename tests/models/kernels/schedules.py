@@ -63,6 +63,10 @@ def cases():
     operands = (u, k, array(width, taps - 1) if behind else None, u if gated else None, None)
     return kernels.forward, operands, kernels.backward, (*operands, u)
 
+  def in_three_passes(forward, operands, backward, more):
+    high = jax.default_matmul_precision("high")
+    return high(forward), operands, high(backward), more
+
   f32, bf16 = jnp.float32, jnp.bfloat16
   both = {
     "scan real": of_scan(1, True, f32),
@@ -73,10 +77,12 @@ def cases():
     "scan complex constant": of_scan(2, False, f32),
     "s5 512 256 bf16": of_s5(8, 4096, 512, 256, bf16),
     "s5 128 64 f32": of_s5(32, 1024, 128, 64, f32),
+    "s5 128 64 f32 in three passes": in_three_passes(*of_s5(32, 1024, 128, 64, f32)),
     "s5 128 64 bf16 by step": of_s5(8, 1000, 128, 64, bf16, by_step=True),
     "conv 8192 bf16": of_conv(8, 8192, 512, bf16),
     "conv 1024 bf16": of_conv(8, 1024, 512, bf16),
     "conv 16384 bf16": of_conv(8, 16384, 128, bf16),
+    "conv 8192 f32 in three passes": in_three_passes(*of_conv(8, 8192, 128, f32)),
     "conv 3000 f32 two-sided, gated": of_conv(4, 3000, 200, f32, behind=True, gated=True),
     "toeplitz 8192 bf16": of_conv(8, 8192, 512, bf16, taps=128, kernels=toeplitz),
     "toeplitz 1024 bf16": of_conv(8, 1024, 512, bf16, taps=256, kernels=toeplitz),

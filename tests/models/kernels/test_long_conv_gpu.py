@@ -23,12 +23,6 @@ CASES = {  # (B, L, H), taps of both kernels, gates, programs: T, Q, P, parts, b
 }
 
 
-def near(got, want, tolerance, name):
-  error = np.asarray(got, np.float64) - want
-  assert got.shape == want.shape, name
-  assert np.sqrt(np.mean(error**2)) <= tolerance * np.sqrt(np.mean(want**2)), name
-
-
 @jax.jit
 def run(u, k, dy, *others):
   """y, du, dk, and the other gradients; `others` are k_backward, pre, post."""
@@ -40,34 +34,15 @@ def run(u, k, dy, *others):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_blocks(case, monkeypatch):
+def test_blocks(case, convolution, monkeypatch):
   shape, taps, gates, programs, want_cut = CASES[case]
   monkeypatch.setattr(gpu, "WANTED", programs)
-  rng = np.random.default_rng(0)
-
-  def draw(*shape, dtype=f32):
-    x = jnp.asarray(rng.normal(size=shape), dtype)
-    return x, np.asarray(x, np.float64)
-
-  (u, u64), (dy, dy64) = draw(*shape, dtype=bf16), draw(*shape, dtype=bf16)
-  (k, k64), (behind, behind64) = (draw(shape[2], n) if n else (None, None) for n in taps)
-  pre, pre64 = draw(*shape, dtype=bf16) if gates else (None, None)
-  post, post64 = draw(*shape) if gates == "both" else (None, None)
-  given = u, k, behind, pre, post
+  given, dy, compare = convolution(shape, taps, gates, bf16, post_dtype=f32)
   assert gpu.refusal(*given) is None
-  assert gpu._cut(u)[2:] == want_cut
-
-  y, *grads = run(u, k, dy, behind, pre, post)
-  want = u64, k64, np.zeros(shape[2]), behind64, pre64, post64
-  if y is not None:
-    near(y, reference.long_conv(*want), 8e-3, "y")
-  want_grads = reference.gradients(*want, dy64)
-  for name, x, operand in zip(("u", "k", "k_backward", "pre", "post"), grads, given, strict=True):
-    if operand is None:
-      assert x is None
-    else:
-      assert x.dtype == operand.dtype
-      near(x, want_grads[name], 8e-3, name)
+  assert gpu._cut(given[0])[2:] == want_cut
+  u, k, *others = given
+  y, *gradients = run(u, k, dy, *others)
+  compare(y, gradients, 8e-3)
 
 
 @pytest.mark.skipif(not INTERPRET, reason="a matter of the interpreter")
@@ -89,7 +64,7 @@ def test_warpgroups_wait_for_each_other(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_the_size_of_a_sequence_is_its_own(size):
+def test_the_size_of_a_sequence_is_its_own(size, near):
   """Two that share a transform are rounded as if each had its own, gradients too."""
   rng = np.random.default_rng(1)
   u, dy = (rng.normal(size=(2, 30, 3)) for _ in range(2))
@@ -110,7 +85,7 @@ def test_the_size_of_a_sequence_is_its_own(size):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_stays_in_its_sequence_and_feature(bad):
+def test_what_is_not_finite_stays_in_its_sequence_and_feature(bad, near):
   """Of inputs and cotangents; a kernel's in its feature."""
   rng = np.random.default_rng(2)
   u, dy, k = (rng.normal(size=shape) for shape in ((2, 30, 3), (2, 30, 3), (3, 30)))
@@ -130,7 +105,7 @@ def test_what_is_not_finite_stays_in_its_sequence_and_feature(bad):
     near(have[~gone], np.asarray(want[~gone], np.float64), 8e-3, "the rest")
 
 
-def test_through_the_interface_under_vmap_and_remat():
+def test_through_the_interface_under_vmap_and_remat(near):
   """Gradients of all operands, D and the gates too, against those by XLA's FFT."""
   rng = np.random.default_rng(3)
   shapes = {"u": (2, 21, 2), "k": (2, 21), "D": (2,), "behind": (2, 20), "gate": (2, 21, 2)}

@@ -78,6 +78,21 @@ def test_blocks(case, reverse, monkeypatch):
       near(got, want_grads[name], 2 * exact)
 
 
+@pytest.mark.parametrize(("name", "least", "most"), [("highest", 0, 1e-6), ("high", 1e-6, 3e-5)])
+def test_float32_as_precise_as_jax_is_told(name, least, most):
+  rng = np.random.default_rng(1)
+  a = rng.uniform(0.5, 1, 6) * np.exp(1j * rng.uniform(-3, 3, 6))
+  u, B, C = rng.normal(size=(2, 20, 8)), z(rng, 6, 8), z(rng, 8, 6)
+  D, x0 = rng.normal(size=8), z(rng, 2, 6)
+  want, _ = reference.s5_apply(u, (a,), (np.ones(6),), B, C, D, x0, reverses=(False,))
+  given = jnp.asarray(u, jnp.float32), (pair(a),), (None,), pair(B), pair(C)
+  with jax.default_matmul_precision(name):
+    y, *_ = tpu.forward(
+      *given, jnp.asarray(D, jnp.float32), (pair(x0),), reverses=(False,), interpret=INTERPRET
+    )
+  assert least < np.abs(y - want).max() / np.abs(want).max() < most
+
+
 def test_refusals():
   given = [jnp.ones((2, 8, 4)), ((jnp.ones(6),) * 2,), (None,)]
   given += [(jnp.ones((6, 4)),) * 2, (jnp.ones((4, 6)),) * 2, jnp.ones(4), (jnp.ones((2, 6)),) * 2]
