@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
@@ -80,6 +82,19 @@ def interpreter() -> Any:
   from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10
 
   return InterpretGPUParams()
+
+
+def launched(call: Callable[..., Any], out: Any, interpret: bool) -> Callable[..., Any]:
+  """The `call` of a kernel with results `out`; of 64 bits, if they are on, Mosaic takes no indices.
+
+  Interpreted it has effects, which derivatives do not allow, so that the host calls it.
+  """
+  narrow = jax.enable_x64(False)
+  if not interpret:
+    return narrow(call)
+  compiled = jax.jit(call)
+  run = narrow(lambda *operands: jax.tree.map(np.asarray, compiled(*operands)))
+  return partial(jax.pure_callback, run, out, vmap_method="sequential")
 
 
 class Machine:

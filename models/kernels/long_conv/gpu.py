@@ -237,13 +237,7 @@ def _call(
     kernel_name=f"long_conv{kernel.__name__}",
     interpret=mosaic.interpreter() if interpret else None,
   )
-  call = _by_the_host(call, out) if interpret else call
-
-  def run(*operands: jax.Array) -> jax.Array:
-    with jax.enable_x64(False):  # Mosaic takes no 64-bit indices
-      return call(*operands)
-
-  return run
+  return mosaic.launched(call, out, interpret)
 
 
 class Unit(NamedTuple):
@@ -452,17 +446,6 @@ def _shared(tiles: int, dtype: Any = jnp.bfloat16) -> Any:
   """Shared memory for tiles, in the order in which wgmma and registers want them."""
   lines = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
   return plgpu.SMEM((tiles, TILE, TILE), dtype, transforms=lines)
-
-
-def _by_the_host(call: Callable[..., Any], out: jax.ShapeDtypeStruct) -> Callable[..., Any]:
-  """An interpreted kernel, which has effects, where derivatives allow none."""
-  compiled = jax.jit(call)
-
-  def run(*operands: Any) -> np.ndarray:
-    with jax.enable_x64(False):
-      return np.asarray(compiled(*operands))
-
-  return partial(jax.pure_callback, run, out, vmap_method="sequential")
 
 
 def _steps(tall: int, wide: int) -> int:

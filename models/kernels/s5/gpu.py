@@ -363,21 +363,21 @@ def _call(
     ins, outs, own = refs[: len(given)], refs[len(given) :][: len(types)], refs[len(given) :]
     kernel(jax.tree.unflatten(tree, ins), jax.tree.unflatten(out_tree, outs), *own[len(types) :])
 
-  with rows.indices_of_32_bits(machine.interpret):
-    found = plgpu.kernel(
-      program,
-      out_type=types,
-      scratch_types=scratch,
-      grid=(cut.pairs, cut.chunks),
-      grid_names=("pair", "chunk"),
-      # The kernels say themselves where threads wait for each other: not between steps.
-      compiler_params=plgpu.CompilerParams(
-        unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-      ),
-      kernel_name=name,
-      **threads,
-      **machine.options(),
-    )(*given)
+  call = plgpu.kernel(
+    program,
+    out_type=types,
+    scratch_types=scratch,
+    grid=(cut.pairs, cut.chunks),
+    grid_names=("pair", "chunk"),
+    # The kernels say themselves where threads wait for each other: not between steps.
+    compiler_params=plgpu.CompilerParams(
+      unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
+    kernel_name=name,
+    **threads,
+    **machine.options(),
+  )
+  found = mosaic.launched(call, types, machine.interpret)(*given)
   return jax.tree.unflatten(out_tree, found)
 
 

@@ -51,7 +51,7 @@ def test_warpgroups_wait_for_each_other(monkeypatch):
   races = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
   params = dataclasses.replace(mosaic.interpreter(), detect_races=True)
   monkeypatch.setattr(mosaic, "interpreter", lambda: params)
-  monkeypatch.setattr(gpu, "_by_the_host", lambda call, out: call)
+  monkeypatch.setattr(mosaic, "launched", lambda call, out, interpret: call)
   monkeypatch.setattr(gpu, "WANTED", 1)
   gpu._call.cache_clear()
   cut = gpu._cut(jax.ShapeDtypeStruct((4, 3000, 1), bf16))

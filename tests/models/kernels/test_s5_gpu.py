@@ -13,7 +13,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from models.kernels import mosaic
+from models.kernels import mosaic, s5_apply
 from models.kernels.s5 import gpu, reference
 
 INTERPRET = jax.default_backend() != "gpu"  # there the kernel itself runs
@@ -87,6 +87,7 @@ def test_two_groups_of_threads_wait_for_each_other(monkeypatch):
   """The backward kernel as it is compiled; in the other tests one group does the work of both."""
   found = {"interpret": InterpretGPUParams(detect_races=True)}
   monkeypatch.setattr(mosaic.Machine, "options", lambda machine: found)
+  monkeypatch.setattr(mosaic, "launched", lambda call, out, interpret: call)
   _, given, (dy, dx_last) = problem((2, 70, 5, 6), FORWARD)
   _, _, saved = gpu.forward(*given, reverses=FORWARD, interpret=INTERPRET)
   assert not gpu_callbacks.get_races().races_found
@@ -97,6 +98,19 @@ def test_two_groups_of_threads_wait_for_each_other(monkeypatch):
   )
   assert not gpu_callbacks.get_races().races_found
   jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_through_the_interface_under_remat():
+  _, (u, (a,), _, B, C, D, (x0,)), _ = problem((2, 40, 5, 6), FORWARD)
+  name = "mosaic_gpu_interpreted" if INTERPRET else "mosaic_gpu"
+
+  @partial(jax.value_and_grad, argnums=(0, 1))
+  def plain(u, B, function=lambda f: f):
+    run = function(lambda u, B: s5_apply(u, a, B, C, D, x0, implementation=name)[0])
+    return (run(u, B).astype(jnp.float32) ** 2).sum()
+
+  again = jax.jit(partial(plain, function=jax.checkpoint))(u, B)
+  jax.tree.map(np.testing.assert_array_equal, again, jax.jit(plain)(u, B))
 
 
 def test_what_is_not_finite_stays_behind_and_results_repeat():
