@@ -123,7 +123,7 @@ def worthwhile(
       8192, 256; two     3   93 + 210   323 + 577
 
   What is made for a feature grows with its tiles, and must be made up for by its blocks, of which
-  each costs six products in float32.
+  each costs six products in float32. The bounds for one row and for four lie between these cases.
   """
   cut = _cut(u, k, k_backward, 2)
   blocks = u.shape[0] * cut.height * (4 if u.dtype == jnp.float32 else 1)
