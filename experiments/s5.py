@@ -19,13 +19,13 @@ Found at laptop scale (3 seeds, `results/s5.json`): S5 is as accurate as S4D and
 equal size; whether HiPPO-N starts better than a random spectrum stays open, as length 256 is short
 for it to matter. Unscaled timescales fail at half the rate and rescaled ones lose nothing, but each
 pixel is still seen twice there, so no information is lost either. Gaps lower the pendulum's error
-by a fifth, with an interval that three seeds leave too wide to decide. A block takes 0.2 to 0.7 of
+by a fifth, with an interval that three seeds leave too wide to decide. A block takes 0.2 to 0.6 of
 the time of S4D's on a CPU, whose kernel here is materialised and convolved by FFT.
 
 The sMNIST, psMNIST and sCIFAR rows of the paper are not here: neither their initialisation of C nor
 their parameter groups are known.
 
-    python -m experiments.s5                                   # all laptop studies, 9 min, 2 cores
+    python -m experiments.s5                                   # all laptop studies, 7 min, 2 cores
     python -m experiments.s5 --study=accuracy --seeds=5
     python -m experiments.s5 --study=tuning                    # how the learning rates were chosen
     python -m experiments.s5 --scale=paper/listops --mesh=data=5
