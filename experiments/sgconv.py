@@ -28,10 +28,10 @@ interval -0.02 to 0.09): on plentiful text decay alone explains the gain. On few
 decided: with the envelope the dense kernel falls behind and scatters over seeds (0.69), without it
 it does as well (0.85) as SGConv (0.83) and S4D (0.86). A digit's pixels are as telling far away as
 near by, so that an envelope should rather hinder here; a value of SGConv's far scales moves many
-taps at once, which may be why it suffers less. The layer takes 0.4 to 0.9 of S4D's time and less
-memory, the gain fading with length; forward, the timing is too noisy to say so of every length.
+taps at once, which may be why it suffers less. The layer takes 0.4 to 0.8 of S4D's time and less
+memory, the gain fading with length.
 
-    python -m experiments.sgconv                               # all laptop studies, 9 min, 2 cores
+    python -m experiments.sgconv                               # all laptop studies, 12 min, 2 cores
     python -m experiments.sgconv --study=decay --seeds=5
     python -m experiments.sgconv --study=tuning                # how the learning rates were chosen
     python -m experiments.sgconv --scale=paper/listops --mesh=data=5
