@@ -77,6 +77,9 @@ def multiscale_kernel(
   The upsampling factors are 2^c, 2^c, 2^(c+1), 2^(c+2), ... with c = `init_scale`: the first *two*
   sub-kernels are equally long, and each further one is twice as long as the one before.
 
+  Each sub-kernel is a product with the weights of the interpolation, which writes its taps where
+  they belong; the short ones are one product.
+
   Args:
     w_SCHd: S sub-kernels of d values, for C kernels of H features.
     decay_H: m, the ratio of the amplitudes of successive scales; one by default. Since positions
@@ -85,9 +88,6 @@ def multiscale_kernel(
     length: the number of taps wanted; all d 2^c 2^(S-1) by default, and never more.
     interpolation: "linear" between half-pixel centres, constant outside the outermost ones, as
       PyTorch's `interpolate(mode="linear", align_corners=False)`; or "nearest".
-
-  Each sub-kernel is a product with the weights of the interpolation, which writes its taps where
-  they belong; the short ones are one product.
 
   Returns: k_CHT.
 

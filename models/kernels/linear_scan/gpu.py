@@ -287,19 +287,19 @@ def _call(
       max_concurrent_steps=STAGES,
     )(*whole)
 
-  with jax.enable_x64(False):
-    results = plgpu.kernel(
-      program,
-      out_type=out_types,
-      scratch_types=scratch,
-      grid=grid[:3],
-      grid_names=AXES,
-      # A thread reads and writes nothing in shared memory but its own channel, so that barriers
-      # around each store would only cost time. Where blocks have no results, these barriers are
-      # what keeps one from being overwritten before all threads have read it.
-      compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=bool(out_shape[0])),
-      kernel_name=name,
-    )(*given)
+  call = plgpu.kernel(
+    program,
+    out_type=out_types,
+    scratch_types=scratch,
+    grid=grid[:3],
+    grid_names=AXES,
+    # A thread reads and writes nothing in shared memory but its own channel, so that barriers
+    # around each store would only cost time. Where blocks have no results, these barriers are
+    # what keeps one from being overwritten before all threads have read it.
+    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=bool(out_shape[0])),
+    kernel_name=name,
+  )
+  results = mosaic.launched(call, out_types, interpret)(*given)
   return jax.tree.map(_cropped, jax.tree.unflatten(out_tree, results), out_shape)
 
 

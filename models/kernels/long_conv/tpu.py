@@ -56,7 +56,6 @@ MEMORY = 48 * 2**20  # bytes of fast memory; a core has 64 MiB (v5p) or 128 MiB 
 ORDER = pltpu.CompilerParams(
   dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=60 * 2**20
 )
-HIGH = lax.Precision.HIGH
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -471,7 +470,7 @@ def _cut(u: jax.Array, k: jax.Array, k_backward: Optional, sequences: int, signa
     pieces=pieces,
     together=2,
     features=1,
-    exact=HIGH if u.dtype == jnp.bfloat16 else rows.precision(lax.Precision.HIGHEST),
+    exact=lax.Precision.HIGH if u.dtype == jnp.bfloat16 else rows.precision(lax.Precision.HIGHEST),
   )
   for together in range(MOST, 0, -2):
     if cut.batch % together == 0:

@@ -267,8 +267,8 @@ def test_bfloat16(variant, implementation):
 def test_the_backward_pass_keeps_the_operands_alone():
   operands, _ = put(problem("gated", 2, 64))
   _, pullback = jax.vjp(apply, operands)
-  shapes = {x.shape for x in jax.tree.leaves(pullback) if getattr(x, "size", 1) > 1}
-  assert shapes <= {(2, 64, H), (H, 64)}
+  shapes = {x.shape for x in jax.tree.leaves(pullback) if hasattr(x, "shape")}
+  assert shapes <= {(2, 64, H), (H, 64), (), (1,)}  # (1,): which tap D is added to
 
 
 # FFTs

@@ -55,8 +55,8 @@ def test_bundles_and_copies():
 
 def test_whole_layers():
   """S5's kernels take everything as it lies; the convolution's take u and dy, and give y and du,
-  with features in front of time. SGConv's taps are made once, from zeros, and
-  copied into the kernel's layout; their gradient is copied and reshaped out of it."""
+  with features in front of time. SGConv's taps are made once, from zeros, and copied into the
+  kernel's layout; their gradient is copied and reshaped out of it."""
   assert measured("--layers") == {"s5": 0, "sgconv": 4, "sgconv's taps": 4}
 
 
